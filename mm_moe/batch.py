@@ -1,0 +1,86 @@
+"""The one currency between data, model and objective.
+
+Axes: B samples of a batch, M modalities (in the model's fixed order), N rows of one modality that
+are present (N <= B). Payloads are packed: a modality's tensors hold its N present rows only, in the
+order of the batch, so an absent payload does not exist anywhere downstream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMAGE, TEXT = "image", "text"
+IGNORED_LABEL = -100  # a row that takes no part in the loss or the scores (torch's ignore_index)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a data set before it is batched.
+
+    Attributes:
+        id: stable and unique within the data set; missing masks and splits are keyed by it.
+        payload: modality name -> raw value (encoded image bytes, str, array). A modality that the row
+            lacks by nature is absent from the dict.
+        label: class index (int), multi-hot list, float, or None.
+    """
+
+    id: str
+    payload: dict[str, Any] = field(default_factory=dict)
+    label: Any = None
+
+
+class Batch(dict):
+    """A batch as the keyword arguments of a model's `forward`.
+
+    A dict (so that Trainer, accelerate and DeepSpeed move it between devices) with four keys:
+        ids: list of B sample ids.
+        present: bool (B, M).
+        inputs: modality -> {name: Tensor (N, ...)}; a modality with N = 0 has no entry.
+        labels: (B,) int64, (B, C) float or (B,) float; IGNORED_LABEL marks rows out of the loss.
+    """
+
+    @classmethod
+    def of(
+        cls,
+        ids: list[str],
+        present: Tensor,
+        inputs: dict[str, dict[str, Tensor]],
+        labels: Tensor | None = None,
+    ) -> Batch:
+        """Build a batch and check that every payload has exactly its present rows."""
+        return cls(ids=ids, present=present, inputs=inputs, labels=labels)
+
+    @property
+    def ids(self) -> list[str]:
+        return self["ids"]
+
+    @property
+    def present(self) -> Tensor:
+        return self["present"]
+
+    @property
+    def inputs(self) -> dict[str, dict[str, Tensor]]:
+        return self["inputs"]
+
+    @property
+    def labels(self) -> Tensor | None:
+        return self["labels"]
+
+
+def pattern_index(present_BM: Tensor) -> Tensor:
+    """Index (B,) int64 of each row's set of present modalities: bit m is set where modality m is present.
+
+    With two modalities (image, text): 3 complete, 1 text missing, 2 image missing, 0 nothing.
+    """
+    weight_M = 2 ** torch.arange(present_BM.shape[1], device=present_BM.device)
+    return (present_BM.long() * weight_M).sum(-1)
+
+
+def pattern_name(index: int, modalities: tuple[str, ...]) -> str:
+    """Words for a pattern index: "complete", "text missing", "image+text missing"."""
+    absent = [name for m, name in enumerate(modalities) if not index >> m & 1]
+    return f"{'+'.join(absent)} missing" if absent else "complete"

@@ -1,0 +1,104 @@
+"""Tables from a name to a `module:attribute` string, so that adding a thing is one file and one line.
+
+Strings instead of imports: the core can name a prompt or an objective that lives above it without
+importing it, and nothing heavy is imported until it is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mm_moe.errors import ConfigError
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A phrase that lists the known names closest to `name` (or all of them, if few or none is close)."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}."
+
+
+class Registry(Mapping[str, str]):
+    """A read-only table of one kind of thing.
+
+    Args:
+        kind: what the entries are, for error messages ("router").
+        entries: name -> "package.module:attribute".
+    """
+
+    def __init__(self, kind: str, entries: dict[str, str]) -> None:
+        self.kind = kind
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> str:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def check(self, name: str) -> str:
+        """Return `name` if it is registered or has the outside form `pkg.mod:Class`.
+
+        Raises:
+            ConfigError: the name is unknown; the message lists the nearest ones.
+        """
+        if name in self._entries or ":" in name:
+            return name
+        raise ConfigError(f"unknown {self.kind} {name!r}; {nearest(name, list(self._entries))}")
+
+    def resolve(self, name: str) -> Any:
+        """Import and return the object behind `name`, or behind `pkg.mod:Class` from outside.
+
+        Raises:
+            ConfigError: the name is unknown, or its module or attribute does not import.
+        """
+        target = self._entries.get(self.check(name), name)
+        module_name, _, attribute = target.partition(":")
+        try:
+            return getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"{self.kind} {name!r} points to {target!r}, which does not import: {error}"
+            ) from error
+
+
+BACKBONES = Registry(
+    "backbone",
+    {
+        "small_clip": "mm_moe.backbones.clip:SmallClipBackbone",
+        "clip": "mm_moe.backbones.clip:ClipBackbone",
+    },
+)
+ROUTERS = Registry(
+    "router",
+    {
+        "topk_softmax": "mm_moe.moe.router:TopKSoftmaxRouter",
+    },
+)
+PROMPTS = Registry(
+    "prompt",
+    {
+        "none": "prompts.base:NoPrompt",
+        "missing_aware": "prompts.missing_aware:MissingAwarePrompt",
+        "replay": "prompts.replay:ReplayPrompt",
+    },
+)
+DATASETS = Registry(
+    "data set",
+    {
+        "emoji": "mm_moe.data.sets.emoji:EmojiData",
+        "columns": "mm_moe.data.sets.columns:ColumnsData",
+    },
+)
+OBJECTIVES = Registry(
+    "objective",
+    {
+        "supervised": "finetune.supervised:Supervised",
+        "contrastive": "pretrain.contrastive:Contrastive",
+    },
+)
