@@ -1,0 +1,101 @@
+"""The sparse feed-forward layer: the router decides, the dispatcher acts, the experts compute.
+
+T real tokens, D width, E experts, K choices per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mm_moe.moe.balance import RoutingSums
+from mm_moe.moe.dispatch import Dispatcher, LocalDispatcher
+from mm_moe.moe.experts import Experts
+from mm_moe.moe.router import Routing
+from mm_moe.moe.settings import MoESettings
+from mm_moe.registry import ROUTERS
+
+
+@dataclass
+class RoutingRecord:
+    """What one sparse layer reports for one forward pass; returned, never parked on a module.
+
+    Attributes:
+        tokens_E: int64 (E,), rows that this process sent to each global expert.
+        losses: name -> scalar, multiplied by its coefficient, over the tokens of all ranks.
+        metrics: name -> detached scalar over the tokens of all ranks: the mean entropy of the
+            router (nats) and the dropped share of the choices.
+    """
+
+    tokens_E: Tensor
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+class MoELayer(nn.Module):
+    """A feed-forward made of experts, all in this process unless the dispatcher says otherwise.
+
+    Args:
+        width: D.
+        hidden: hidden width of each expert.
+        settings: the layer's settings.
+        activation: "gelu", "gelu_tanh" or "quick_gelu".
+    """
+
+    def __init__(
+        self, *, width: int, hidden: int, settings: MoESettings, activation: str = "gelu"
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.num_experts = settings.num_experts
+        self.settings = settings
+        self.router = ROUTERS.resolve(settings.router)(width=width, settings=settings)
+        self.experts = Experts(
+            num_experts=settings.num_experts, width=width, hidden=hidden, activation=activation
+        )
+        self.dispatcher: Dispatcher = LocalDispatcher()
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, modality: int | None = None
+    ) -> tuple[Tensor, RoutingRecord]:
+        """Send each real token through its experts.
+
+        Args:
+            x: (..., D).
+            mask: bool (...), True for real tokens; None means that all are real. Other tokens are
+                not routed, count in no loss and get output 0. No real token at all is legal: the
+                output is zero and every trainable parameter still gets a (zero) gradient.
+            modality: index of the modality of these tokens, for routers that use it.
+
+        Returns:
+            The output (..., D) and the record of the pass.
+        """
+        flat_TD = x.reshape(-1, x.shape[-1])
+        real_T = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
+        x_TD = flat_TD if real_T is None else flat_TD.index_select(0, real_T)
+        routing = self.router(x_TD, modality)
+        y_TD, tokens_E = self.dispatcher(x_TD, routing, self.experts)
+        if real_T is not None:
+            y_TD = y_TD.new_zeros(flat_TD.shape).index_copy(0, real_T, y_TD)
+        return y_TD.view(x.shape), self._record(routing, tokens_E)
+
+    def _record(self, routing: Routing, tokens_E: Tensor) -> RoutingRecord:
+        sums = RoutingSums.of(
+            logit_TE=routing.logit_TE,
+            prob_TE=routing.prob_TE,
+            expert_TK=routing.expert_TK,
+            dropped=routing.expert_TK.numel() - tokens_E.sum(),
+            sum_over_ranks=self.dispatcher.sum_over_ranks,
+        )
+        metrics = {
+            "router_entropy": sums.entropy / sums.tokens.clamp(min=1),
+            "dropped": sums.dropped / sums.routed_E.sum().clamp(min=1),
+        }
+        losses = self.router.losses(routing, sums, self.dispatcher.sum_over_ranks)
+        return RoutingRecord(tokens_E=tokens_E, losses=losses, metrics=metrics)
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """The sparse layers of a model by their full names, in the order of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
