@@ -25,17 +25,15 @@ def _collect(y_RD: Tensor, position_TK: Tensor, weight_TK: Tensor | None) -> Ten
     num_tokens, k = position_TK.shape
     if not len(y_RD):
         return y_RD.new_zeros(num_tokens, y_RD.shape[1])
-    total = None
-    for position_T, weight_T in zip(
-        position_TK.unbind(1), [None] * k if weight_TK is None else weight_TK.unbind(1), strict=True
-    ):
-        y_TD = y_RD.index_select(0, position_T.clamp(min=0))
+    weights = [None] * k if weight_TK is None else weight_TK.unbind(1)
+    total_TD = y_RD.new_zeros(num_tokens, y_RD.shape[1])
+    for position_T, weight_T in zip(position_TK.unbind(1), weights, strict=True):
         scale_T = (position_T >= 0).to(y_RD.dtype)
         if weight_T is not None:
             scale_T = scale_T * weight_T.to(y_RD.dtype)
-        y_TD.mul_(scale_T.unsqueeze(1))
-        total = y_TD if total is None else total.add_(y_TD)
-    return total
+        y_TD = y_RD.index_select(0, position_T.clamp(min=0))
+        total_TD.addcmul_(y_TD, scale_T.unsqueeze(1))
+    return total_TD
 
 
 class _Gather(torch.autograd.Function):

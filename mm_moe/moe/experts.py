@@ -118,6 +118,7 @@ def grouped_feed_forward(
     b_in: Tensor,
     w_out: Tensor,
     b_out: Tensor,
+    *,
     rows_E: Tensor,
     activation: Activation,
 ) -> Tensor:
@@ -173,14 +174,14 @@ class Experts(nn.Module):
 
         Zero rows, for one expert or for all, are legal; every parameter still gets a gradient.
         """
-        tensors = [x_RD, self.w_in, self.b_in, self.w_out, self.b_out]
+        weights: tuple[Tensor, ...] = (self.w_in, self.b_in, self.w_out, self.b_out)
         if torch.is_autocast_enabled(x_RD.device.type):
             dtype = torch.get_autocast_dtype(x_RD.device.type)
-            tensors = [tensor.to(dtype) for tensor in tensors]
+            x_RD, weights = x_RD.to(dtype), tuple(weight.to(dtype) for weight in weights)
         activation = ACTIVATIONS[self.activation]
-        if _can_group(tensors[0], self.w_in):
-            return grouped_feed_forward(*tensors, rows_E, activation)
-        return _SlicedFeedForward.apply(*tensors, rows_E.tolist(), activation)
+        if _can_group(x_RD, self.w_in):
+            return grouped_feed_forward(x_RD, *weights, rows_E=rows_E, activation=activation)
+        return _SlicedFeedForward.apply(x_RD, *weights, rows_E.tolist(), activation)
 
     def slice(self, start: int, stop: int) -> Experts:
         """A copy of the experts [start, stop) with the same dtype, device and trainability."""

@@ -1,0 +1,272 @@
+"""Spread a finished model's experts over processes, on DeepSpeed's groups and parameter tags.
+
+Each process of an expert-parallel group holds a contiguous slice of the experts and sends rows to
+the others by an uneven all-to-all: counts first, then exactly the rows that there are. Every rank
+enters every collective in the same order, forward and backward, however many rows it has.
+
+P processes of an expert-parallel group, E experts, L = E / P experts per process, R rows, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mm_moe.errors import ParallelismError
+from mm_moe.moe.dispatch import Dispatcher
+from mm_moe.moe.experts import Experts
+from mm_moe.moe.layer import MoELayer, moe_layers
+
+__all__ = [
+    "ExpertParallelDispatcher",
+    "ExpertParallelMoE",
+    "check_layout",
+    "default_ep_size",
+    "gather_experts",
+    "is_expert_parameter",
+    "make_expert_parallel",
+    "moe_layers",
+    "slice_experts",
+]
+
+
+def check_layout(*, num_experts: int, ep_size: int, world_size: int) -> None:
+    """Check that `ep_size` splits both the experts and the processes evenly.
+
+    Raises:
+        ParallelismError: it does not; the message lists the sizes that do.
+    """
+    common = math.gcd(num_experts, world_size)
+    fits = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
+    if ep_size < 1:
+        raise ParallelismError(f"ep_size ({ep_size}) must be at least 1; possible: {fits}.")
+    if world_size % ep_size:
+        raise ParallelismError(
+            f"the number of processes ({world_size}) must be a multiple of ep_size ({ep_size}); "
+            f"possible with {num_experts} experts: {fits}."
+        )
+    if num_experts % ep_size:
+        raise ParallelismError(
+            f"moe.num_experts ({num_experts}) must be a multiple of ep_size ({ep_size}); "
+            f"possible with {world_size} processes: {fits}."
+        )
+
+
+def default_ep_size(*, num_experts: int, world_size: int, local_world_size: int) -> int:
+    """The largest expert-parallel size that splits experts and processes and stays in one node.
+
+    At CLIP widths the exchange between nodes costs more than the experts' arithmetic.
+    """
+    return math.gcd(num_experts, world_size, local_world_size)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce SUM forward and backward.
+
+    Every rank computes the same loss from the totals. The sum of their gradients is P times the
+    gradient of that one loss, and the mean over ranks that DeepSpeed takes makes it exact.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, totals: Tensor) -> Tensor:
+        totals = totals.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(totals)
+        return totals
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
+
+
+class _Exchange(torch.autograd.Function):
+    """Uneven all-to-all of rows; backward sends the gradients the same way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_RD: Tensor, send_P: list[int], receive_P: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.send_P, ctx.receive_P, ctx.group = send_P, receive_P, group
+        return _all_to_all(x_RD, send_P, receive_P, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grad, ctx.receive_P, ctx.send_P, ctx.group), None, None, None
+
+
+def _all_to_all(
+    x_RD: Tensor, send_P: list[int], receive_P: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    out_RD = x_RD.new_empty(sum(receive_P), x_RD.shape[1])
+    dist.all_to_all_single(out_RD, x_RD.contiguous(), receive_P, send_P, group=group)
+    return out_RD
+
+
+class ExpertParallelDispatcher(Dispatcher):
+    """The experts are spread over the processes of a DeepSpeed expert-parallel group.
+
+    Holds the group's name, not the group, so that a model can be copied and pickled.
+    """
+
+    def __init__(self, group_name: str) -> None:
+        self.group_name = group_name
+
+    def compute(self, x_RD: Tensor, tokens_E: Tensor, experts: Experts) -> Tensor:
+        """Send rows to their experts' processes, compute there, and bring the outputs back."""
+        group = groups._get_expert_parallel_group(self.group_name)
+        size = dist.get_world_size(group)
+        if size == 1:
+            return experts(x_RD, tokens_E)
+        sent_PL = tokens_E.view(size, -1)
+        received_PL = torch.empty_like(sent_PL)
+        dist.all_to_all_single(received_PL, sent_PL, group=group)
+        send_P, receive_P = torch.stack([sent_PL.sum(1), received_PL.sum(1)]).tolist()
+        arrived_RD = _Exchange.apply(x_RD, send_P, receive_P, group)
+        # rows arrive sorted by (process, expert); the experts want (expert, process)
+        expert_R = torch.arange(received_PL.shape[1], device=x_RD.device).repeat(size)
+        expert_R = expert_R.repeat_interleave(received_PL.flatten(), output_size=len(arrived_RD))
+        order_R = torch.argsort(expert_R, stable=True)
+        back_R = torch.empty_like(order_R)
+        back_R[order_R] = torch.arange(len(order_R), device=x_RD.device)
+        y_RD = experts(_Permute.apply(arrived_RD, order_R, back_R), received_PL.sum(0))
+        return _Exchange.apply(_Permute.apply(y_RD, back_R, order_R), receive_P, send_P, group)
+
+    def sum_over_ranks(self, totals: Tensor) -> Tensor:
+        """Differentiable sum over all processes of the run."""
+        return _SumOverRanks.apply(totals)
+
+
+class _Permute(torch.autograd.Function):
+    """Reorder rows; backward is the inverse gather instead of a scatter with atomic adds."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        return x_RD.index_select(0, order_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_R,) = ctx.saved_tensors
+        return grad_RD.index_select(0, inverse_R), None, None
+
+
+class ExpertParallelMoE(MoELayer, MoE):
+    """A sparse layer that holds this process' slice of the experts.
+
+    DeepSpeed's engine recognises it as its own `MoE`: it reduces the gradients of the experts over
+    the expert-data group and those of the router over all processes. The names in the state dict
+    are those of `MoELayer`; expert tensors have a shorter first dimension.
+
+    Args:
+        layer: the whole layer, identical on every process.
+        ep_size: processes that share the experts.
+
+    Raises:
+        ParallelismError: `ep_size` does not split the experts or the processes.
+    """
+
+    def __init__(self, layer: MoELayer, *, ep_size: int) -> None:
+        # neither base class is initialised: one would draw new weights, the other build its experts
+        nn.Module.__init__(self)
+        check_layout(
+            num_experts=layer.num_experts, ep_size=ep_size, world_size=dist.get_world_size()
+        )
+        self.ep_size = ep_size
+        self.expert_group_name = f"ep_size_{ep_size}"
+        self.num_experts = layer.num_experts
+        self.num_local_experts = layer.num_experts // ep_size
+        self.width, self.settings = layer.width, layer.settings
+        groups._create_expert_and_data_parallel(ep_size)
+        self.router = layer.router
+        self.experts = layer.experts.slice(
+            self.first_expert, self.first_expert + self.num_local_experts
+        )
+        for parameter in self.experts.parameters():
+            tags = {"allreduce": False, "group_name": self.expert_group_name}
+            vars(parameter).update(tags)  # what DeepSpeed reads
+        self.dispatcher = ExpertParallelDispatcher(self.expert_group_name)
+        self.train(layer.training)
+
+    @property
+    def first_expert(self) -> int:
+        """Global id of the first expert of this process."""
+        rank = dist.get_rank(groups._get_expert_parallel_group(self.expert_group_name))
+        return rank * self.num_local_experts
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Called by DeepSpeed's engine; the groups exist since the layer was made.
+
+        Raises:
+            ParallelismError: the engine wants expert groups of strided ranks.
+        """
+        if use_data_before_expert_parallel_:
+            raise ParallelismError(
+                "use_data_before_expert_parallel is not supported: experts live on consecutive "
+                "ranks; remove it from the DeepSpeed file."
+            )
+
+
+def make_expert_parallel(model: nn.Module, *, ep_size: int) -> nn.Module:
+    """Replace each `MoELayer` of a model by one that holds this process' experts.
+
+    Call it on every rank, after `torch.distributed` is up, on a finished model that is identical on
+    all ranks; then hand the model to DeepSpeed. Also at `ep_size` 1, so that the engine treats
+    every layout alike and the losses see the tokens of all ranks.
+
+    Returns:
+        The same model, changed in place (or the new layer, if the model is one).
+
+    Raises:
+        ParallelismError: `ep_size` does not split the experts of a layer or the processes, or the
+            model is expert-parallel already.
+    """
+    layers = moe_layers(model)
+    for name, layer in layers.items():
+        if isinstance(layer, ExpertParallelMoE):
+            raise ParallelismError(f"layer {name!r} is expert-parallel already; build a new model.")
+        check_layout(
+            num_experts=layer.num_experts, ep_size=ep_size, world_size=dist.get_world_size()
+        )
+    for name, layer in layers.items():
+        replacement = ExpertParallelMoE(layer, ep_size=ep_size)
+        if not name:
+            return replacement
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, replacement)
+    return model
+
+
+def is_expert_parameter(parameter: Tensor) -> bool:
+    """Whether DeepSpeed treats a parameter as an expert's (not replicated on all processes)."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def gather_experts(tensor_local: Tensor, layer: MoELayer) -> Tensor:
+    """The global (E, ...) tensor from every process' (L, ...) slice; a collective of the EP group.
+
+    On a layer that is not expert-parallel the tensor is global already and comes back as it is.
+    """
+    if not isinstance(layer, ExpertParallelMoE):
+        return tensor_local
+    group = groups._get_expert_parallel_group(layer.expert_group_name)
+    pieces = [torch.empty_like(tensor_local) for _ in range(layer.ep_size)]
+    dist.all_gather(pieces, tensor_local.contiguous(), group=group)
+    return torch.cat(pieces)
+
+
+def slice_experts(tensor_global: Tensor, layer: MoELayer) -> Tensor:
+    """A view of this process' slice (L, ...) of a global (E, ...) tensor; no communication."""
+    if not isinstance(layer, ExpertParallelMoE):
+        return tensor_global
+    return tensor_global[layer.first_expert : layer.first_expert + layer.num_local_experts]
