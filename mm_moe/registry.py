@@ -70,7 +70,7 @@ class Registry(Mapping[str, str]):
 BACKBONES = Registry(
     "backbone",
     {
-        "small_clip": "mm_moe.backbones.clip:SmallClipBackbone",
+        "small_clip": "mm_moe.backbones.clip_small:SmallClipBackbone",
         "clip": "mm_moe.backbones.clip:ClipBackbone",
     },
 )

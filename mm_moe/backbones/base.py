@@ -1,0 +1,209 @@
+"""One encoder (tower) per modality, as a sequence of blocks that can be edited from outside.
+
+A tower runs its library's own modules; between the blocks an `Edit` may add or change tokens, and a
+block's feed-forward may have been replaced by a `MoELayer`. With neither, the numbers are the
+library's own.
+
+Axes: N rows of one modality that are present, L tokens of a row, D width, P extra key/value pairs,
+H attention heads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mm_moe.backbones.weights import load_weights
+from mm_moe.errors import ConfigError
+from mm_moe.moe.layer import MoELayer, RoutingRecord
+from mm_moe.registry import nearest
+
+Payload = dict[str, Tensor]
+
+
+class Edit(Protocol):
+    """What a prompt does to one tower during one forward pass; it holds all state of that pass.
+
+    Attributes:
+        prefix: number of extra tokens that stand before the tower's own tokens at this moment.
+    """
+
+    prefix: int
+
+    def before(
+        self, layer: int, x_NLD: Tensor, mask_NL: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens and mask that enter block `layer`; may prepend to or replace the prefix."""
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values (N, P, D) that every token of block `layer` also attends to, or None."""
+
+    def after(self, layer: int, x_NLD: Tensor, mask_NL: Tensor | None) -> Tensor:
+        """Tokens that leave block `layer`."""
+
+
+class Tower(nn.Module, ABC):
+    """One modality's encoder: `embed`, then each `block`, then `pool`.
+
+    Attributes:
+        width: D, width of the tokens between blocks.
+        out_width: width of the pooled feature.
+        num_blocks: how many blocks there are.
+        causal: whether a token attends only to itself and those before it.
+        modality_index: place of the modality in the model's fixed order, for routers that use it.
+    """
+
+    width: int
+    out_width: int
+    num_blocks: int
+    causal: bool = False
+    modality_index: int = 0
+
+    @abstractmethod
+    def embed(self, payload: Payload) -> tuple[Tensor, Tensor | None]:
+        """Tokens (N, L, D) that enter block 0 and bool mask (N, L), None when every token is real.
+
+        The first token of every row is real, so that a prefix can take its place in the mask.
+        """
+
+    @abstractmethod
+    def block(
+        self,
+        index: int,
+        x_NLD: Tensor,
+        mask_NL: Tensor | None = None,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, RoutingRecord | None]:
+        """Run block `index`; the record is None where its feed-forward is dense.
+
+        A mask that is False throughout marks the blank row: it is not routed, and its numbers are
+        finite but mean nothing.
+        """
+
+    @abstractmethod
+    def pool(self, x_NLD: Tensor, payload: Payload, prefix: int) -> Tensor:
+        """Features (N, out_width) from the last tokens, the first `prefix` of which are extra."""
+
+    @abstractmethod
+    def blank(self) -> Payload:
+        """A payload of one row, for a process whose batch has no row of this modality."""
+
+    @abstractmethod
+    def feed_forwards(self) -> list[tuple[nn.Module, str]]:
+        """One (parent module, attribute name) per block: where its feed-forward hangs."""
+
+
+def run_feed_forward(
+    feed_forward: nn.Module, x_NLD: Tensor, mask_NL: Tensor | None, modality_index: int
+) -> tuple[Tensor, RoutingRecord | None]:
+    """Run a block's feed-forward, dense or sparse. Only the sparse one looks at the mask."""
+    if isinstance(feed_forward, MoELayer):
+        return feed_forward(x_NLD, mask_NL, modality_index)
+    return feed_forward(x_NLD), None
+
+
+class Backbone(nn.Module):
+    """Towers by modality, in the model's fixed order.
+
+    Args:
+        settings: the backbone's options, kept (JSON-able) so that a checkpoint can be rebuilt.
+        modalities: which towers to build, and their order.
+
+    Raises:
+        ConfigError: a modality this backbone has no tower for, a repeated one, or a wrong setting.
+    """
+
+    supported: ClassVar[tuple[str, ...]] = ()
+    settings: dict[str, Any]
+    towers: nn.ModuleDict
+
+    def __init__(self, settings: dict[str, Any], *, modalities: tuple[str, ...]) -> None:
+        super().__init__()
+        self.modalities = check_modalities(modalities, self.supported)
+        self.settings = dict(settings)
+
+    @classmethod
+    def load(
+        cls, pretrained: str, *, settings: dict[str, Any], modalities: tuple[str, ...]
+    ) -> Backbone:
+        """Build and fill with pretrained weights: here a `.safetensors` file of `save_weights`.
+
+        Raises:
+            CheckpointError: no such file, or weights of another shape.
+        """
+        backbone = cls(settings, modalities=modalities)
+        load_weights(backbone, Path(pretrained))
+        return backbone
+
+    @classmethod
+    def processor_source(cls) -> str | None:
+        """Folder of the tokenizer and image settings that come with the class, if any."""
+        return None
+
+    @property
+    def out_width(self) -> int:
+        """Width of every modality's feature."""
+        return next(iter(self.towers.values())).out_width  # type: ignore[return-value]
+
+    def set_towers(self, towers: dict[str, Tower]) -> None:
+        """Register the towers in the order of `modalities`."""
+        for index, name in enumerate(self.modalities):
+            towers[name].modality_index = index
+        self.towers = nn.ModuleDict({name: towers[name] for name in self.modalities})
+
+    def encode(
+        self, modality: str, payload: Payload | None, edit: Edit | None = None
+    ) -> tuple[Tensor, dict[str, RoutingRecord]]:
+        """Features (N, out_width) of one modality and the routing records of its sparse blocks.
+
+        Args:
+            modality: which tower runs.
+            payload: its packed rows, or None: the tower then runs its blank row with nothing
+                routed, so that a process without the modality makes the same collectives.
+            edit: a prompt's edits of this pass.
+
+        Returns:
+            Features, and records named "<modality>.<block>".
+        """
+        tower: Tower = self.towers[modality]  # type: ignore[assignment]
+        rows = tower.blank() if payload is None else payload
+        x_NLD, mask_NL = tower.embed(rows)
+        if payload is None:
+            mask_NL = torch.zeros(x_NLD.shape[:2], dtype=torch.bool, device=x_NLD.device)
+        records: dict[str, RoutingRecord] = {}
+        for layer in range(tower.num_blocks):
+            keys_values = None
+            if edit is not None:
+                x_NLD, mask_NL = edit.before(layer, x_NLD, mask_NL)
+                keys_values = edit.keys_values(layer)
+            x_NLD, record = tower.block(layer, x_NLD, mask_NL, keys_values)
+            if edit is not None:
+                x_NLD = edit.after(layer, x_NLD, mask_NL)
+            if record is not None:
+                records[f"{modality}.{layer}"] = record
+        return tower.pool(x_NLD, rows, 0 if edit is None else edit.prefix), records
+
+
+def check_modalities(modalities: tuple[str, ...], supported: tuple[str, ...]) -> tuple[str, ...]:
+    """Return `modalities` as a tuple; ConfigError if one is repeated or not supported."""
+    if not modalities or len(set(modalities)) != len(modalities):
+        raise ConfigError(
+            f"modalities {tuple(modalities)} must be a non-empty list without repeats."
+        )
+    for name in modalities:
+        if name not in supported:
+            raise ConfigError(
+                f"this backbone has no modality {name!r}; {nearest(name, list(supported))}"
+            )
+    return tuple(modalities)
+
+
+def check_options(kind: str, options: dict[str, Any], known: list[str]) -> None:
+    """Raise ConfigError for the first option that is not known, with the nearest names."""
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown {kind} option {name!r}; {nearest(name, known)}")

@@ -1,0 +1,257 @@
+"""CLIP as towers: `transformers`' CLIPModel taken apart into its own modules.
+
+Axes: N rows, L tokens, D width, P extra key/value pairs, H heads, K width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModel
+from transformers.models.clip.modeling_clip import CLIPAttention
+
+from mm_moe.backbones.base import Backbone, Payload, Tower, run_feed_forward
+from mm_moe.batch import IMAGE, TEXT
+from mm_moe.errors import CheckpointError, ConfigError
+from mm_moe.moe.layer import RoutingRecord
+
+LEGACY_EOS = 2  # configs from before the id was stored right: the largest id of a row is its end
+
+
+def attend_with_extra(
+    attention: CLIPAttention,
+    x_NLD: Tensor,
+    keys_values: tuple[Tensor, Tensor],
+    *,
+    causal: bool,
+) -> Tensor:
+    """Self-attention in which every token also sees P given keys and values (not projected)."""
+    num_rows, length, width = x_NLD.shape
+    key_NPD, value_NPD = keys_values
+
+    def heads(y: Tensor) -> Tensor:
+        return y.view(num_rows, -1, attention.num_heads, attention.head_dim).transpose(1, 2)
+
+    query_NHLK = heads(attention.q_proj(x_NLD))
+    key_NHLK = heads(torch.cat([key_NPD, attention.k_proj(x_NLD)], dim=1))
+    value_NHLK = heads(torch.cat([value_NPD, attention.v_proj(x_NLD)], dim=1))
+    allowed = None
+    if causal:
+        extra = key_NPD.shape[1]
+        allowed = torch.ones(length, extra + length, dtype=torch.bool, device=x_NLD.device)
+        allowed = allowed.tril(diagonal=extra)
+    out_NHLK = F.scaled_dot_product_attention(
+        query_NHLK,
+        key_NHLK,
+        value_NHLK,
+        attn_mask=allowed,
+        dropout_p=attention.dropout if attention.training else 0.0,
+        scale=attention.scale,
+    )
+    return attention.out_proj(out_NHLK.transpose(1, 2).reshape(num_rows, length, width))
+
+
+class ClipTower(Tower):
+    """The part that CLIP's two towers share: pre-norm blocks from the library's layer modules."""
+
+    layers: nn.ModuleList
+
+    def __init__(self, encoder: CLIPTextModel | CLIPVisionModel, projection: nn.Linear) -> None:
+        super().__init__()
+        self.layers = encoder.encoder.layers
+        self.projection = projection
+        self.width = encoder.config.hidden_size
+        self.out_width = projection.out_features
+        self.num_blocks = len(self.layers)
+
+    def block(
+        self,
+        index: int,
+        x_NLD: Tensor,
+        mask_NL: Tensor | None = None,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, RoutingRecord | None]:
+        """One pre-norm block. The mask only decides which tokens a sparse feed-forward routes.
+
+        Attention needs no padding mask: images have no padding, and text is padded on the right,
+        where the causal order already hides it from every real token.
+        """
+        layer: Any = self.layers[index]
+        y_NLD = layer.layer_norm1(x_NLD)
+        if keys_values is None:
+            y_NLD, _ = layer.self_attn(y_NLD, attention_mask=None, is_causal=self.causal)
+        else:
+            y_NLD = attend_with_extra(layer.self_attn, y_NLD, keys_values, causal=self.causal)
+        x_NLD = x_NLD + y_NLD
+        y_NLD, record = run_feed_forward(
+            layer.mlp, layer.layer_norm2(x_NLD), mask_NL, self.modality_index
+        )
+        return x_NLD + y_NLD, record
+
+    def feed_forwards(self) -> list[tuple[nn.Module, str]]:
+        """`mlp` of every layer."""
+        return [(layer, "mlp") for layer in self.layers]
+
+
+class ClipImageTower(ClipTower):
+    """CLIP's vision transformer; payload: pixel_values (N, 3, H, W)."""
+
+    def __init__(self, encoder: CLIPVisionModel, projection: nn.Linear) -> None:
+        super().__init__(encoder, projection)
+        # The embedding's modules without the embedding: it has a buffer that no checkpoint holds.
+        self.class_embedding = encoder.embeddings.class_embedding
+        self.patch_embedding = encoder.embeddings.patch_embedding
+        self.position_embedding = encoder.embeddings.position_embedding
+        self.norm_in = encoder.pre_layrnorm
+        self.norm_out = encoder.post_layernorm
+        self.image_size: int = encoder.embeddings.image_size
+
+    def embed(self, payload: Payload) -> tuple[Tensor, None]:
+        """Class token and patches, with positions, normalised."""
+        pixels_NCHW = payload["pixel_values"]
+        height, width = pixels_NCHW.shape[-2:]
+        if (height, width) != (self.image_size, self.image_size):
+            raise ConfigError(
+                f"the image tower takes {self.image_size} x {self.image_size} pixels, the batch has "
+                f"{height} x {width}; use this model's own processor."
+            )
+        patches = self.patch_embedding(pixels_NCHW.to(self.patch_embedding.weight.dtype))
+        patches_NLD = patches.flatten(2).transpose(1, 2)
+        class_N1D = self.class_embedding.expand(len(patches_NLD), 1, -1)
+        x_NLD = torch.cat([class_N1D, patches_NLD], dim=1) + self.position_embedding.weight
+        return self.norm_in(x_NLD), None
+
+    def pool(self, x_NLD: Tensor, payload: Payload, prefix: int) -> Tensor:
+        """The class token, normalised and projected."""
+        return self.projection(self.norm_out(x_NLD[:, prefix]))
+
+    def blank(self) -> Payload:
+        """One black image."""
+        weight = self.patch_embedding.weight
+        return {"pixel_values": weight.new_zeros(1, weight.shape[1], *2 * (self.image_size,))}
+
+
+class ClipTextTower(ClipTower):
+    """CLIP's text transformer; payload: input_ids and attention_mask (N, L), right-padded."""
+
+    causal = True
+
+    def __init__(self, encoder: CLIPTextModel, projection: nn.Linear) -> None:
+        super().__init__(encoder, projection)
+        self.token_embedding = encoder.embeddings.token_embedding
+        self.position_embedding = encoder.embeddings.position_embedding
+        self.norm_out = encoder.final_layer_norm
+        self.eos_token_id: int = encoder.config.eos_token_id
+
+    def embed(self, payload: Payload) -> tuple[Tensor, Tensor]:
+        """Token plus position embeddings; the mask is the tokenizer's."""
+        ids_NL = payload["input_ids"]
+        length, positions = ids_NL.shape[1], self.position_embedding.num_embeddings
+        if length > positions:
+            raise ConfigError(
+                f"a text of {length} tokens does not fit the text tower's {positions} positions; "
+                f"use this model's own processor, or truncate to {positions}."
+            )
+        x_NLD = self.token_embedding(ids_NL) + self.position_embedding.weight[:length]
+        return x_NLD, payload["attention_mask"].bool()
+
+    def pool(self, x_NLD: Tensor, payload: Payload, prefix: int) -> Tensor:
+        """The first end-of-text token, normalised and projected."""
+        ids_NL = payload["input_ids"]
+        if self.eos_token_id == LEGACY_EOS:
+            end_N = ids_NL.argmax(-1)
+        else:
+            end_N = (ids_NL == self.eos_token_id).int().argmax(-1)
+        rows_N = torch.arange(len(ids_NL), device=ids_NL.device)
+        return self.projection(self.norm_out(x_NLD[rows_N, end_N + prefix]))
+
+    def blank(self) -> Payload:
+        """A row that is only an end-of-text token."""
+        ids_NL = torch.full((1, 1), self.eos_token_id, device=self.token_embedding.weight.device)
+        return {"input_ids": ids_NL, "attention_mask": torch.ones_like(ids_NL)}
+
+
+def clip_config(settings: dict[str, Any]) -> CLIPConfig:
+    """CLIPConfig from a dict of its fields, with errors a user can act on."""
+    try:
+        return CLIPConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"backbone_config is not a CLIPConfig: {error}") from error
+
+
+class ClipBackbone(Backbone):
+    """Any CLIP that `transformers` reads: a folder, a Hub name, or a config for random weights.
+
+    Args:
+        settings: the fields of CLIPConfig (text_config, vision_config, projection_dim, ...).
+        modalities: towers to keep, of "image" and "text".
+        clip: a ready CLIPModel to take apart instead of a new random one.
+    """
+
+    supported = (IMAGE, TEXT)
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        *,
+        modalities: tuple[str, ...] = (IMAGE, TEXT),
+        clip: CLIPModel | None = None,
+    ) -> None:
+        super().__init__(settings, modalities=modalities)
+        if clip is None:
+            clip = CLIPModel(clip_config(self.settings))
+        self.set_towers(
+            {
+                IMAGE: ClipImageTower(clip.vision_model, clip.visual_projection),
+                TEXT: ClipTextTower(clip.text_model, clip.text_projection),
+            }
+        )
+
+    @classmethod
+    def load(
+        cls, pretrained: str, *, settings: dict[str, Any], modalities: tuple[str, ...]
+    ) -> ClipBackbone:
+        """Read a CLIP checkpoint from a folder or the Hub; its own config replaces `settings`.
+
+        Raises:
+            ConfigError: `settings` are given as well and say something else.
+            CheckpointError: nothing readable under that name.
+        """
+        try:
+            clip = CLIPModel.from_pretrained(pretrained, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"no CLIP checkpoint could be read from {pretrained!r} ({first_line(error)}); "
+                "give a folder with config.json and model.safetensors, or a Hub name."
+            ) from error
+        own = json_fields(clip.config)
+        for key, value in settings.items():
+            if key in own and own[key] != value:
+                raise ConfigError(
+                    f"backbone_config.{key} differs from the checkpoint {pretrained!r}; leave "
+                    "backbone_config empty when loading pretrained weights."
+                )
+        return cls(own, modalities=modalities, clip=clip)
+
+
+def json_fields(config: CLIPConfig) -> dict[str, Any]:
+    """The fields of a CLIPConfig that rebuild it, without what depends on the library's version."""
+    fields = config.to_diff_dict()
+    for part in (fields, fields.get("text_config", {}), fields.get("vision_config", {})):
+        for key in (
+            "transformers_version",
+            "architectures",
+            "dtype",
+            "model_type",
+            "_name_or_path",
+        ):
+            part.pop(key, None)
+    return fields
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
