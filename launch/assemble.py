@@ -1,0 +1,207 @@
+"""Builds a run's parts from its settings: model, data pipeline, trainer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.models.modeling import MultimodalMoEModel, build_model
+from mm_moe.models.processing import processors_for, save_processors
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback, set_seed
+
+from launch.cli import Settings
+from mm_moe.arguments import parse_json
+from mm_moe.data.collate import Collator
+from mm_moe.data.missing import MissingProtocol
+from mm_moe.data.schema import DataSource
+from mm_moe.data.streaming import SampleStream
+from mm_moe.moe.parallel import make_expert_parallel
+from mm_moe.registry import OBJECTIVES
+from mm_moe.training import runtime
+from mm_moe.training.predict import Predictions, predict
+from mm_moe.training.trainer import MultimodalTrainer
+
+
+def model_config(settings: Settings, source: DataSource, *, prompt: str) -> MultimodalMoEConfig:
+    """The model's configuration; the same settings always give the same one."""
+    moe = None
+    if settings.moe.moe_enable:
+        moe = {
+            "num_experts": settings.moe.num_experts,
+            "top_k": settings.moe.top_k_experts,
+            "router": settings.moe.router,
+            "load_balance_coef": settings.moe.router_aux_loss_coef,
+            "router_z_coef": settings.moe.router_z_loss_coef,
+            **parse_json("moe_config", settings.moe.moe_config),
+        }
+    same_prompt = prompt == settings.prompt.prompt
+    return MultimodalMoEConfig(
+        backbone=settings.model.backbone,
+        backbone_config=parse_json("backbone_config", settings.model.backbone_config),
+        modalities=list(source.modalities),
+        moe=moe,
+        moe_layers=settings.moe.moe_layers_idx,
+        prompt=prompt,
+        prompt_config=parse_json("prompt_config", settings.prompt.prompt_config)
+        if same_prompt
+        else {},
+        num_labels=len(source.label_names),
+        problem_type=source.problem_type,
+        label_names=list(source.label_names),
+    )
+
+
+def dense_model(settings: Settings, config: MultimodalMoEConfig) -> MultimodalMoEModel:
+    """A single-process model with all experts, the same on every rank."""
+    set_seed(settings.training.seed)
+    if settings.model.init_from:
+        model = MultimodalMoEModel.from_pretrained(settings.model.init_from)
+    else:
+        model = build_model(
+            config,
+            pretrained=settings.model.pretrained,
+            upcycle_noise=settings.moe.upcycle_noise,
+        )
+    locked = [
+        name
+        for name, lock in (("image", settings.model.lock_image), ("text", settings.model.lock_text))
+        if lock
+    ]
+    model.freeze(lock=tuple(locked))
+    return model
+
+
+@dataclass
+class Run:
+    """One model and what it needs to be trained and scored."""
+
+    settings: Settings
+    source: DataSource
+    model: MultimodalMoEModel
+    processors: dict[str, Callable[[list[Any]], dict]]
+    bad_ids: list[str]
+    trainer: MultimodalTrainer | None = None
+
+    def protocol(self, *, kind: str, ratio: float, split: str) -> MissingProtocol:
+        """The missing-modality protocol of one split."""
+        return MissingProtocol(
+            kind=kind,
+            ratio=ratio,
+            seed=self.settings.data.missing_seed,
+            dataset=self.source.name,
+            split=split,
+        )
+
+    def collator(self, missing: MissingProtocol | None) -> Collator:
+        """Turns samples into batches under a protocol; undecodable ids gather in `bad_ids`."""
+        return Collator(
+            modalities=self.source.modalities,
+            processors=self.processors,
+            problem_type=self.source.problem_type,
+            num_labels=len(self.source.label_names),
+            missing=missing,
+            max_bad_samples=self.settings.data.max_bad_samples,
+        )
+
+    def train_collator(self) -> Collator:
+        """The collator of the training split, under the run's own protocol."""
+        data = self.settings.data
+        return self.collator(
+            self.protocol(kind=data.missing_type, ratio=data.missing_ratio, split=data.train_split)
+        )
+
+    def train_stream(self, start: int) -> IterableDataset:
+        """The endless training stream of this rank, from a global sample position."""
+        training = self.settings.training
+        return SampleStream(
+            self.source,
+            split=self.settings.data.train_split,
+            batch_size=training.per_device_train_batch_size,
+            rank=training.process_index,
+            world_size=training.world_size,
+            seed=training.data_seed if training.data_seed is not None else training.seed,
+            shuffle_buffer=self.settings.data.shuffle_buffer,
+            start=start,
+            epochs=None,
+        )
+
+    def predict(self, missing: MissingProtocol | None, split: str) -> Predictions:
+        """Score a split, each sample once over the ranks. A collective."""
+        training = self.settings.training
+        stream = SampleStream(
+            self.source,
+            split=split,
+            batch_size=training.per_device_eval_batch_size,
+            rank=training.process_index,
+            world_size=training.world_size,
+            epochs=1,
+        )
+        collator = self.collator(missing)
+        loader = DataLoader(
+            stream, batch_size=training.per_device_eval_batch_size, collate_fn=collator
+        )
+        found = predict(self.model, loader, num_modalities=len(self.source.modalities))
+        self.note_bad(collator)
+        return found
+
+    def note_bad(self, collator: Collator) -> None:
+        """Remember the ids that did not decode on any rank. A collective."""
+        for ids in runtime.gather_objects(sorted(collator.bad_ids)):
+            self.bad_ids += [sample for sample in ids if sample not in self.bad_ids]
+
+    def save_extra(self, folder: Path) -> None:
+        """Write the processor beside the weights."""
+        save_processors(self.model.config, folder)
+
+
+def learning_rate_scale(scale: float) -> Callable[[str], float]:
+    """Factor for the parts that start from nothing: prompts and head."""
+
+    def of(name: str) -> float:
+        return scale if name.startswith(("prompt.", "head.")) else 1.0
+
+    return of
+
+
+def prepare_run(
+    settings: Settings,
+    source: DataSource,
+    *,
+    prompt: str,
+    ep_size: int,
+    callbacks: list[TrainerCallback],
+) -> Run:
+    """Build the model, spread its experts over `ep_size` processes and make its trainer."""
+    config = model_config(settings, source, prompt=prompt)
+    model = dense_model(settings, config)
+    model = make_expert_parallel(model, ep_size=ep_size)
+    processors = processors_for(model.config)
+    run = Run(settings, source, model, processors, bad_ids=[])
+    objective = OBJECTIVES.resolve(settings.run.objective)(problem_type=source.problem_type)
+    collator = run.train_collator()
+    run.trainer = MultimodalTrainer(
+        model=model,
+        args=settings.training,
+        objective=objective,
+        make_stream=run.train_stream,
+        data_collator=collator,
+        learning_rate_scale=learning_rate_scale(settings.run.new_prompt_lr_scale),
+        save_extra=run.save_extra,
+        callbacks=callbacks,
+    )
+    return run
+
+
+def for_comparison(settings: Settings, folder: Path) -> Settings:
+    """Settings that train a comparison in the same way, without checkpoints, in its own folder."""
+    training = copy.copy(settings.training)
+    training.output_dir = str(folder)
+    training.save_strategy = "no"
+    return Settings(
+        settings.model, settings.moe, settings.prompt, settings.data, settings.run, training
+    )

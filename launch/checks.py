@@ -1,0 +1,227 @@
+"""What can be refused before any process group, folder or model exists."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from launch.cli import ROOT
+from mm_moe.arguments import parse_json
+from mm_moe.checkpoint import store
+from mm_moe.data.schema import DataSource
+from mm_moe.errors import CheckpointError, ConfigError
+from mm_moe.moe.parallel import check_layout, default_ep_size
+from mm_moe.registry import BACKBONES, DATASETS, OBJECTIVES, PROMPTS, ROUTERS
+from mm_moe.training import runtime
+from mm_moe.training.deepspeed_config import check_deepspeed_config, read_deepspeed_config
+
+DEFAULT_DEEPSPEED = "ds_configs/zero2.json"
+RUN_FILE = "run.json"
+
+
+def check_names(values: argparse.Namespace) -> None:
+    """Refuse names that no registry knows, with the nearest ones.
+
+    Raises:
+        ConfigError: an unknown backbone, prompt, router, data set or objective.
+    """
+    BACKBONES.check(values.backbone)
+    DATASETS.check(values.dataset)
+    OBJECTIVES.check(values.objective)
+    ROUTERS.check(values.router)
+    for prompt in [values.prompt, *values.compare_with]:
+        PROMPTS.check(prompt)
+
+
+def deepspeed_settings(values: argparse.Namespace) -> dict[str, Any]:
+    """The checked DeepSpeed settings of the run; without `--deepspeed`, the shipped ZeRO-2 ones.
+
+    Raises:
+        ConfigError: missing or malformed file, or settings that cannot work.
+    """
+    path = values.deepspeed or str(ROOT / DEFAULT_DEEPSPEED)
+    if not Path(path).is_file() and (ROOT / path).is_file():
+        path = str(ROOT / path)  # the README's relative path, from any working directory
+    config = read_deepspeed_config(path)
+    check_deepspeed_config(config, vars(values), world_size=runtime.world_size())
+    return config
+
+
+def settle_batch(values: argparse.Namespace, argv: list[str]) -> None:
+    """Derive the batch per process from `--global_batch_size`; a flag typed by hand beats a recipe.
+
+    Raises:
+        ConfigError: the global batch does not divide, or two typed flags contradict each other.
+    """
+    typed = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv}
+    own = "per_device_train_batch_size" in typed
+    if not values.global_batch_size or (own and "global_batch_size" not in typed):
+        return
+    parts = runtime.world_size() * values.gradient_accumulation_steps
+    if values.global_batch_size % parts:
+        raise ConfigError(
+            f"--global_batch_size ({values.global_batch_size}) must be a multiple of processes x "
+            f"accumulation ({parts}); try {values.global_batch_size // parts * parts or parts}."
+        )
+    share = values.global_batch_size // parts
+    if own and values.per_device_train_batch_size != share:
+        raise ConfigError(
+            f"--global_batch_size {values.global_batch_size} over {parts} gives {share} per process, "
+            f"--per_device_train_batch_size says {values.per_device_train_batch_size}; drop one."
+        )
+    values.per_device_train_batch_size = share
+
+
+def expert_layout(values: argparse.Namespace) -> int:
+    """The expert-parallel size of the run.
+
+    Raises:
+        ParallelismError: experts or processes do not divide.
+    """
+    world = runtime.world_size()
+    if not values.moe_enable:
+        return 1
+    if values.ep_size == 0:
+        return default_ep_size(
+            num_experts=values.num_experts,
+            world_size=world,
+            local_world_size=runtime.local_world_size(),
+        )
+    check_layout(num_experts=values.num_experts, ep_size=values.ep_size, world_size=world)
+    return values.ep_size
+
+
+def open_source(values: argparse.Namespace) -> DataSource:
+    """The data set, with every split that the run needs.
+
+    Raises:
+        ConfigError: a missing split or modality, named with those that exist.
+        DataError: the data set itself is not in order.
+    """
+    options = parse_json("dataset_options", values.dataset_options)
+    try:
+        source = DATASETS.resolve(values.dataset)(values.data_dir, **options)
+    except TypeError as error:
+        raise ConfigError(f"--dataset_options for {values.dataset!r}: {error}") from error
+    needed = [values.train_split]
+    if values.eval_strategy != "no":
+        needed.append(values.validation_split)
+    if values.final_evaluation and source.problem_type != "none":
+        needed.append(values.test_split)
+    for split in needed:
+        if split not in source.splits():
+            raise ConfigError(
+                f"data set {values.dataset!r} has no split {split!r}; "
+                f"it has {', '.join(source.splits())}."
+            )
+    kinds = ("none", "both", *source.modalities)
+    if values.missing_type not in kinds:
+        raise ConfigError(
+            f"--missing_type {values.missing_type!r} does not fit the data; "
+            f"take one of {', '.join(kinds)}."
+        )
+    if not 0.0 <= values.missing_ratio <= 1.0:
+        raise ConfigError(
+            f"--missing_ratio {values.missing_ratio} must lie in [0, 1]: the share of samples that "
+            "lack something."
+        )
+    return source
+
+
+def resume_point(values: argparse.Namespace) -> Path | None:
+    """The checkpoint to resume, found and verified; sets `output_dir` from it where not given.
+
+    Raises:
+        CheckpointError: nothing good to resume from.
+    """
+    wanted = values.resume_from_checkpoint
+    if not wanted:
+        return None
+    if wanted.lower() in ("latest", "true"):
+        if not values.output_dir:
+            raise CheckpointError(
+                "--resume_from_checkpoint latest needs --output_dir, the folder of the run."
+            )
+        return store.find(Path(values.output_dir), wanted)
+    if not values.output_dir:
+        values.output_dir = str(Path(wanted).resolve().parent)
+    return store.find(Path(values.output_dir), wanted)
+
+
+def check_output(values: argparse.Namespace, *, resuming: bool) -> None:
+    """Refuse to write over another run.
+
+    Raises:
+        ConfigError: the folder holds something already.
+    """
+    if resuming or not values.output_dir:
+        return
+    folder = Path(values.output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "another run" if (folder / RUN_FILE).exists() else "files"
+        raise ConfigError(
+            f"--output_dir {str(folder)!r} already holds {what}; name a new folder, or resume it with "
+            f"--output_dir {folder} --resume_from_checkpoint latest."
+        )
+
+
+def check_same_model(resume: Path, config: dict[str, Any]) -> None:
+    """Refuse to resume into another model.
+
+    Args:
+        resume: a verified checkpoint.
+        config: the model configuration of this run, as a plain dict.
+
+    Raises:
+        CheckpointError: lists the settings that differ.
+    """
+    saved = json.loads((resume / "config.json").read_text())
+    keys = ("backbone", "backbone_config", "modalities", "moe", "moe_layers", "prompt")
+    keys += ("prompt_config", "num_labels", "problem_type")
+    differing = [
+        f"{key} was {saved.get(key)!r}, is {config.get(key)!r}"
+        for key in keys
+        if json.loads(json.dumps(config.get(key))) != saved.get(key)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{str(resume)!r} belongs to another model: {'; '.join(differing)}. "
+            "Resume with the settings of that run."
+        )
+
+
+def in_range(values: argparse.Namespace) -> None:
+    """Refuse numbers that no run can have.
+
+    Raises:
+        ConfigError: names flag, value and rule.
+    """
+    least = {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "global_batch_size": 0,
+        "num_experts": 1,
+        "top_k_experts": 1,
+        "ep_size": 0,
+        "shuffle_buffer": 0,
+        "max_bad_samples": 0,
+        "learning_rate": 0,
+        "max_grad_norm": 0,
+    }
+    for flag, low in least.items():
+        if getattr(values, flag) < low:
+            raise ConfigError(f"--{flag} {getattr(values, flag)} must be at least {low}.")
+    if values.moe_enable and values.top_k_experts > values.num_experts:
+        raise ConfigError(
+            f"--top_k_experts ({values.top_k_experts}) cannot exceed --num_experts "
+            f"({values.num_experts})."
+        )
+    cores = os.cpu_count() or 1
+    if values.dataloader_num_workers < 0:
+        raise ConfigError(
+            f"--dataloader_num_workers {values.dataloader_num_workers} must be 0 to {cores}."
+        )

@@ -1,0 +1,191 @@
+"""Command lines: recipes and flags in, dataclasses out, expected failures as one line and status 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from mm_moe.arguments import (
+    DataArguments,
+    ModelArguments,
+    MoEArguments,
+    PromptArguments,
+    RunArguments,
+)
+from mm_moe.errors import ConfigError, MMMoEError
+from mm_moe.registry import nearest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_RECIPE = "finetune/recipes/emoji_replay.yaml"
+RECIPE_FOLDERS = ("finetune/recipes", "pretrain/recipes")
+# Flags of older transformers releases that users still type, and what they became.
+RENAMED = {
+    "warmup_ratio": "warmup_steps",
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+}
+
+
+@dataclasses.dataclass
+class Settings:
+    """Everything a run is made from."""
+
+    model: ModelArguments
+    moe: MoEArguments
+    prompt: PromptArguments
+    data: DataArguments
+    run: RunArguments
+    training: TrainingArguments
+
+
+class RecipeParser(HfArgumentParser):
+    """`HfArgumentParser` that raises `ConfigError` instead of printing a usage page."""
+
+    def __init__(self) -> None:
+        types = (
+            ModelArguments,
+            MoEArguments,
+            PromptArguments,
+            DataArguments,
+            RunArguments,
+            TrainingArguments,
+        )
+        super().__init__(types, allow_abbrev=False)
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(message)
+
+    @property
+    def flags(self) -> list[str]:
+        """Every flag in snake case."""
+        return sorted({action.dest for action in self._actions if action.dest != "help"})
+
+    def namespace(self, argv: list[str]) -> argparse.Namespace:
+        """Recipe and flags as plain values; nothing is constructed yet.
+
+        Raises:
+            ConfigError: unknown flag or recipe key (with the nearest names), or a value of the wrong
+                type.
+        """
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config", default=DEFAULT_RECIPE)
+        recipe_path = first.parse_known_args(argv)[0].config
+        recipe = read_recipe(recipe_path)
+        for key in recipe:
+            if key not in self.flags:
+                raise ConfigError(
+                    f"recipe {recipe_path!r} sets {key!r}, which is no flag; {nearest(key, self.flags)}"
+                )
+        namespace, unknown = self.parse_known_args(recipe_argv(recipe) + argv)
+        for word in unknown:
+            self._refuse(word)
+        namespace.config = recipe_path
+        return namespace
+
+    def _refuse(self, word: str) -> None:
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r} is no flag; flags start with -- and take one value.")
+        name = word[2:].split("=")[0].replace("-", "_")
+        hint = f"it is --{RENAMED[name]} now." if name in RENAMED else nearest(name, self.flags)
+        raise ConfigError(f"unknown flag {word.split('=')[0]!r}; {hint}")
+
+    def build(self, namespace: argparse.Namespace) -> Settings:
+        """Construct the dataclasses.
+
+        Raises:
+            ConfigError: `TrainingArguments` refuses a combination.
+        """
+        parts = []
+        for kind in self.dataclass_types:
+            names = [field.name for field in dataclasses.fields(kind) if field.init]
+            try:
+                parts.append(kind(**{name: getattr(namespace, name) for name in names}))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(str(error)) from error
+        return Settings(*parts)
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe's file: as given, below the project, or by its bare name.
+
+    Raises:
+        ConfigError: no such recipe; lists the nearest.
+    """
+    tried = [Path(name), ROOT / name]
+    tried += [ROOT / folder / f"{name}.yaml" for folder in RECIPE_FOLDERS]
+    for path in tried:
+        if path.is_file():
+            return path
+    known = [
+        f"{folder}/{file.name}"
+        for folder in RECIPE_FOLDERS
+        for file in (ROOT / folder).glob("*.yaml")
+    ]
+    raise ConfigError(f"unknown recipe {name!r}; {nearest(name, known)}")
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Read a recipe's flags.
+
+    Raises:
+        ConfigError: unknown recipe, YAML that does not parse (line and column), or no mapping.
+    """
+    path = find_recipe(name)
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"recipe {name!r} is not valid YAML{where}.") from error
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"recipe {name!r} must be a mapping of flags to values.")
+    return recipe
+
+
+def recipe_argv(recipe: dict[str, Any]) -> list[str]:
+    """A recipe as command-line words, so that recipe and flags share one parser and its checks."""
+    words: list[str] = []
+    for key, value in recipe.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict):
+            words += [f"--{key}", json.dumps(value)]
+        else:
+            words += [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return words
+
+
+def quiet() -> None:
+    """Keep third-party chatter out of the terminal; our own messages stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("transformers", "datasets", "accelerate", "DeepSpeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mm_moe").setLevel(logging.INFO)
+
+
+def run_program(main: Callable[[list[str]], int]) -> None:
+    """Run a program's `main`; an expected failure prints one line and exits with status 2."""
+    quiet()
+    try:
+        status = main(sys.argv[1:])
+    except MMMoEError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)

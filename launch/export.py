@@ -1,0 +1,75 @@
+"""Publishes a run: `python launch/export.py RUN --output DIR` and/or `--push_to_hub ORG/NAME`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from launch.cli import run_program
+from mm_moe.checkpoint import hub, store
+from mm_moe.errors import CheckpointError, ConfigError
+
+# What resumes a run but does not belong into a published model.
+RESUME_ONLY = (
+    store.OPTIMIZER,
+    store.SCHEDULER,
+    store.TRAINER_STATE,
+    store.MANIFEST,
+    "progress.json",
+)
+
+
+def model_folder(run: Path, checkpoint: str | None) -> Path:
+    """The folder to publish: `final/`, or a verified `checkpoint-N`.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if checkpoint:
+        return store.find(run, str(run / checkpoint) if checkpoint != "latest" else checkpoint)
+    final = run / "final"
+    if not (final / store.WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{str(run)!r} has no final/ model; name a checkpoint of it with --checkpoint latest."
+        )
+    return final
+
+
+def main(argv: list[str]) -> int:
+    """Copy and push."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a folder that launch/train.py wrote")
+    parser.add_argument("--output", type=Path, help="write the Hugging Face folder here")
+    parser.add_argument("--push_to_hub", metavar="ORG/NAME", help="upload it under this name")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--checkpoint", help="checkpoint-N or latest, instead of final/")
+    options = parser.parse_args(argv)
+    if not options.output and not options.push_to_hub:
+        raise ConfigError("nothing to do: give --output DIR, --push_to_hub ORG/NAME, or both.")
+    if options.push_to_hub:
+        hub.check_repo_id(options.push_to_hub)
+    source = model_folder(options.run, options.checkpoint)
+    target = options.output or source
+    if options.output:
+        if options.output.exists() and any(options.output.iterdir()):
+            raise ConfigError(f"--output {str(options.output)!r} is not empty; name a new folder.")
+        ignore = shutil.ignore_patterns(*RESUME_ONLY, "random-*.pt")
+        shutil.copytree(source, options.output, ignore=ignore, dirs_exist_ok=True)
+        if (options.run / "run.json").is_file():
+            scores = options.run / "scores.json"
+            hub.write_card(
+                options.output,
+                json.loads((options.run / "run.json").read_text()),
+                json.loads(scores.read_text()) if scores.is_file() else None,
+            )
+        print(f"model written to {options.output}")
+    if options.push_to_hub:
+        address = hub.push(target, options.push_to_hub, private=options.private)
+        print(f"pushed to {address}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

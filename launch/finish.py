@@ -1,0 +1,183 @@
+"""The end of a run: scores per missing pattern, table, pictures, report, and what to do next."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.patterns import ConditionScore, evaluate_conditions, scores_document
+from eval.report import format_table, write_report
+from launch.assemble import Run
+from launch.cli import ROOT
+from mm_moe.training import runtime
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "deepspeed",
+    "transformers",
+    "open-clip-torch",
+    "datasets",
+    "accelerate",
+    "peft",
+    "safetensors",
+)
+SECRET_FLAGS = ("hub_token",)
+DEFAULT_MIXED_RATIO = 0.5  # of the mixed test condition, for a run without imposed missingness
+
+
+def git_commit() -> str:
+    """The commit of the source tree, or "unknown" for an installed wheel."""
+    found = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def arguments_of(run: Run) -> dict[str, Any]:
+    """Every argument of the run as plain JSON values; secrets are left out."""
+    merged: dict[str, Any] = {}
+    for part in dataclasses.astuple(_Parts.of(run)):
+        merged.update(part)
+    return {key: value for key, value in merged.items() if key not in SECRET_FLAGS}
+
+
+@dataclasses.dataclass
+class _Parts:
+    model: dict
+    moe: dict
+    prompt: dict
+    data: dict
+    run: dict
+    training: dict
+
+    @classmethod
+    def of(cls, run: Run) -> _Parts:
+        settings = run.settings
+        own = (settings.model, settings.moe, settings.prompt, settings.data, settings.run)
+        return cls(
+            *(dataclasses.asdict(part) for part in own), settings.training.to_sanitized_dict()
+        )
+
+
+def next_commands(run: Run, folder: Path) -> dict[str, str]:
+    """The lines that resume, evaluate and publish this run."""
+    recipe = run.settings.run.config
+    return {
+        "resume": f"deepspeed launch/train.py --deepspeed ds_configs/zero2.json --config {recipe} "
+        f"--output_dir {folder} --resume_from_checkpoint latest",
+        "evaluate": f"python launch/evaluate_run.py {folder}",
+        "push": f"python launch/export.py {folder} --push_to_hub ORG/NAME",
+    }
+
+
+def missing_table(run: Run) -> dict[str, Any]:
+    """The training mask in words and as a hash over all ids of the split."""
+    data = run.settings.data
+    protocol = run.protocol(
+        kind=data.missing_type, ratio=data.missing_ratio, split=data.train_split
+    )
+    described = {
+        "kind": data.missing_type,
+        "ratio": data.missing_ratio,
+        "seed": data.missing_seed,
+        "words": protocol.describe(run.source.modalities),
+    }
+    if run.source.size(data.train_split) is not None:
+        rows = run.source.stream(data.train_split)
+        ids = [run.source.to_sample(row).id for row in rows]
+        described["mask_sha256"] = protocol.table_hash(ids, run.source.modalities)
+    return described
+
+
+def write_run_file(run: Run, folder: Path, argv: list[str]) -> None:
+    """Write `run.json`: arguments, versions, data and mask hashes, commit, next commands."""
+    if not runtime.is_main():
+        return
+    config = json.dumps(run.model.config.to_dict(), sort_keys=True, default=str)
+    record = {
+        "command": ["launch/train.py", *(word for word in argv if "hf_" not in word)],
+        "arguments": arguments_of(run),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "commit": git_commit(),
+        "data": {
+            "name": run.source.name,
+            "sha256": run.source.fingerprint(),
+            "license": run.source.license,
+            "sizes": {split: run.source.size(split) for split in run.source.splits()},
+        },
+        "missing": missing_table(run),
+        "model_sha256": hashlib.sha256(config.encode()).hexdigest(),
+        "world_size": run.settings.training.world_size,
+        "ep_size": run.settings.moe.ep_size,
+        "commands": next_commands(run, folder),
+        "bad_samples": run.bad_ids,
+    }
+    aside = folder / "run.json.tmp"
+    aside.write_text(json.dumps(record, indent=1, default=str))
+    aside.replace(folder / "run.json")
+
+
+def train_prior(run: Run) -> np.ndarray:
+    """What the training labels say, for the chance levels: counts, shares or the mean."""
+    source = run.source
+    rows = source.stream(run.settings.data.train_split)
+    labels = [label for row in rows if (label := source.to_sample(row).label) is not None]
+    if source.problem_type == "single_label_classification":
+        return np.bincount(labels, minlength=len(source.label_names))
+    return np.asarray(labels, dtype=float).mean(axis=0)
+
+
+def score(run: Run, prior: np.ndarray) -> list[ConditionScore]:
+    """Scores of one model per condition on the test split. A collective."""
+    data = run.settings.data
+    return evaluate_conditions(
+        run.predict,
+        source=run.source,
+        modalities=run.source.modalities,
+        num_labels=len(run.source.label_names),
+        prior=prior,
+        ratio=data.missing_ratio or DEFAULT_MIXED_RATIO,
+        split=data.test_split,
+        seed=data.missing_seed,
+    )
+
+
+def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> None:
+    """Score, write `scores.json`, `report.html` and pictures, and print table and next steps."""
+    models: dict[str, list[ConditionScore]] = {}
+    if run.settings.run.final_evaluation and run.source.problem_type != "none":
+        prior = train_prior(run)
+        models = {_title(entry): score(entry, prior) for entry in (run, *others)}
+    for other in others:
+        run.bad_ids += [bad for bad in other.bad_ids if bad not in run.bad_ids]
+    if not runtime.is_main():
+        return
+    write_run_file(run, folder, argv)
+    print()
+    if models:
+        load = {name: rows.tolist() for name, rows in run.trainer.meter.total_load.items()}
+        document = scores_document(models, expert_load=load)
+        (folder / "scores.json").write_text(json.dumps(document, indent=1))
+        print(format_table(document))
+    if run.bad_ids:
+        print(f"{len(run.bad_ids)} sample(s) did not decode: {', '.join(run.bad_ids[:5])}")
+    report = write_report(folder)
+    print(f"run: {folder}\nreport and pictures: {report}")
+    for what, command in next_commands(run, folder).items():
+        print(f"{what + ':':<10}{command}")
+
+
+def _title(run: Run) -> str:
+    return "no prompts" if run.model.config.prompt == "none" else run.model.config.prompt

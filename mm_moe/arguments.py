@@ -1,0 +1,154 @@
+"""Every setting of a run that `TrainingArguments` does not own, as dataclasses for `HfArgumentParser`.
+
+Names follow open_clip, DeepSpeed and MoE-LLaVA where those have one. A recipe is a YAML file of these
+flags and of `TrainingArguments`' flags; a flag on the command line wins over the recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from mm_moe.errors import ConfigError
+
+
+def parse_json(flag: str, text: str | None) -> dict[str, Any]:
+    """Read a flag whose value is a JSON object.
+
+    Raises:
+        ConfigError: not JSON, or not an object; names the flag, line and column.
+    """
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"--{flag} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
+            f"write an object such as '{{\"name\": 1}}'."
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"--{flag} must be a JSON object, got {type(value).__name__} {text!r}.")
+    return value
+
+
+@dataclass
+class ModelArguments:
+    """The backbone and what of it is trained."""
+
+    backbone: str = field(default="small_clip", metadata={"help": "A registered backbone name."})
+    pretrained: str | None = field(
+        default=None,
+        metadata={"help": "Dense weights to start from: 'builtin', a folder or a Hub name."},
+    )
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "A published mm-moe folder to fine-tune; its model settings are used."},
+    )
+    backbone_config: str | None = field(
+        default=None, metadata={"help": "JSON object that overrides the backbone's configuration."}
+    )
+    lock_image: bool = field(
+        default=False, metadata={"help": "Freeze the dense weights of the image tower."}
+    )
+    lock_text: bool = field(
+        default=False, metadata={"help": "Freeze the dense weights of the text tower."}
+    )
+
+
+@dataclass
+class MoEArguments:
+    """The expert layers and how they are spread over processes."""
+
+    moe_enable: bool = field(
+        default=True, metadata={"help": "Turn chosen feed-forwards into experts."}
+    )
+    num_experts: int = field(default=4, metadata={"help": "Experts in each MoE layer."})
+    top_k_experts: int = field(default=1, metadata={"help": "Experts that each token visits."})
+    router: str = field(default="topk_softmax", metadata={"help": "A registered router name."})
+    moe_layers_idx: list[int] | None = field(
+        default=None, metadata={"help": "Blocks with experts (default: every second block)."}
+    )
+    router_aux_loss_coef: float = field(
+        default=0.01, metadata={"help": "Weight of the load-balance loss."}
+    )
+    router_z_loss_coef: float = field(
+        default=0.001, metadata={"help": "Weight of the router z-loss."}
+    )
+    upcycle_noise: float = field(
+        default=0.0,
+        metadata={"help": "Relative noise on the copied experts, to break their symmetry."},
+    )
+    moe_config: str | None = field(
+        default=None, metadata={"help": "JSON object with further settings of the MoE layer."}
+    )
+    ep_size: int = field(
+        default=0,
+        metadata={"help": "Processes that share one set of experts; 0: the largest within a node."},
+    )
+
+
+@dataclass
+class PromptArguments:
+    """The prompts that make the model robust to missing modalities."""
+
+    prompt: str = field(default="none", metadata={"help": "A registered prompt name."})
+    prompt_config: str | None = field(
+        default=None, metadata={"help": "JSON object with the prompt's own options."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """The data set and the missing-modality protocol."""
+
+    dataset: str = field(default="emoji", metadata={"help": "A registered data set name."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set's files."})
+    dataset_options: str | None = field(
+        default=None, metadata={"help": "JSON object with the data set's own options."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split: str = field(
+        default="validation", metadata={"help": "Split that eval_strategy scores during training."}
+    )
+    test_split: str = field(default="test", metadata={"help": "Split of the final table."})
+    shuffle_buffer: int = field(
+        default=10_000, metadata={"help": "Rows held to shuffle a stream; 0 keeps its order."}
+    )
+    missing_type: str = field(
+        default="none",
+        metadata={"help": "none, both, or the modality that goes missing in training."},
+    )
+    missing_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the samples that lack something."}
+    )
+    missing_seed: int = field(default=0, metadata={"help": "Seed of the missing mask."})
+    max_bad_samples: int = field(
+        default=100, metadata={"help": "Undecodable samples after which the run stops."}
+    )
+
+
+@dataclass
+class RunArguments:
+    """What the program does around training."""
+
+    config: str | None = field(default=None, metadata={"help": "Recipe: a YAML file of flags."})
+    global_batch_size: int = field(
+        default=0,
+        metadata={
+            "help": "Samples of one optimizer step over all processes; sets "
+            "per_device_train_batch_size, so that any number of processes follows one loss curve."
+        },
+    )
+    objective: str = field(default="supervised", metadata={"help": "A registered objective name."})
+    compare_with: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Prompts whose models are trained in the same way for the final table."},
+    )
+    new_prompt_lr_scale: float = field(
+        default=1.0, metadata={"help": "Learning-rate factor of prompts and head."}
+    )
+    final_evaluation: bool = field(
+        default=True, metadata={"help": "Score the test split per missing pattern at the end."}
+    )

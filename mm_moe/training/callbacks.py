@@ -1,0 +1,104 @@
+"""What a run says while it runs: one progress line, and `metrics.jsonl` with each step once."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to `metrics.jsonl`; on resume, drops the steps that will be run again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / METRICS
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        """Truncate behind the step from which the run goes on."""
+        if not state.is_world_process_zero or not self.file.exists():
+            return
+        kept = []
+        for line in self.file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= state.global_step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # a line that a crash cut short
+        aside = self.file.with_suffix(".tmp")
+        aside.write_text("".join(f"{line}\n" for line in kept))
+        aside.replace(self.file)
+
+    def on_log(self, args, state, control, logs: dict[str, float] | None = None, **kwargs: Any):
+        """Write one line."""
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+            entry = {"step": state.global_step, **{key: _number(v) for key, v in logs.items()}}
+            with self.file.open("a") as stream:
+                stream.write(json.dumps(entry) + "\n")
+
+
+def _number(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite becomes its name."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Progress(TrainerCallback):
+    """One progress line on rank 0: step, loss, learning rate, samples/s, expert load."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        """Open the bar where the run starts or resumes."""
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=self.title,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.5,
+            )
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        """Advance."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs: dict[str, float] | None = None, **kwargs: Any):
+        """Show the newest figures."""
+        if self.bar is None or not logs or "loss" not in logs:
+            return
+        shown = {
+            "loss": f"{logs['loss']:.3f}",
+            "lr": f"{logs['learning_rate']:.1e}",
+            "samples/s": f"{logs.get('perf/samples_per_second', 0):.0f}",
+        }
+        if "moe/load_imbalance" in logs:
+            shown["load"] = f"{logs['moe/load_imbalance']:.2f}x"
+        self.bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class EpochOfStream(TrainerCallback):
+    """Keeps `state.epoch` right for an endless stream, also after a resume."""
+
+    def __init__(self, samples_per_epoch: int | None, samples_per_step: int) -> None:
+        self.samples_per_epoch = samples_per_epoch
+        self.samples_per_step = samples_per_step
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        """Derive the epoch from the steps."""
+        if self.samples_per_epoch:
+            state.epoch = state.global_step * self.samples_per_step / self.samples_per_epoch

@@ -1,0 +1,51 @@
+"""Differentiable exchange of rows between ranks, for objectives that compare samples with one another.
+
+B rows of this rank, G rows of all ranks, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows in rank order; the backward sums what every rank asks of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, rows_BD: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows_BD) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows_BD.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad_GD: Tensor) -> Tensor:
+        total_GD = grad_GD.contiguous().clone()
+        dist.all_reduce(total_GD)
+        return total_GD.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_rows(rows_BD: Tensor) -> tuple[Tensor, int]:
+    """(all ranks' rows (G, D), index of this rank's first row); every rank gives equally many rows.
+
+    With each rank's loss averaged over ranks (as DeepSpeed averages gradients), the gradient is
+    exactly that of the loss over the global batch.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows_BD, 0
+    return _GatherRows.apply(rows_BD), dist.get_rank() * len(rows_BD)
+
+
+def mean_weight(count: Tensor) -> Tensor:
+    """Factor that turns a sum over this rank's rows into its share of the mean over all ranks' rows.
+
+    Args:
+        count: number of rows that count on this rank, a scalar tensor.
+    """
+    total = count.detach().float().clone()
+    world = 1
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+        world = dist.get_world_size()
+    return world / total.clamp(min=1)

@@ -1,0 +1,98 @@
+"""Predictions over a split, each sample exactly once, on any number of ranks.
+
+N samples of the split, C classes, M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from mm_moe.batch import Batch
+from mm_moe.training.runtime import any_rank, gather_objects
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Scores of a split in the order of its ids.
+
+    Attributes:
+        ids: N sample ids, sorted.
+        logits: float32 (N, C).
+        labels: (N,) or (N, C).
+        present: bool (N, M), what the model saw.
+    """
+
+    ids: list[str]
+    logits: np.ndarray
+    labels: np.ndarray
+    present: np.ndarray
+
+
+def empty_batch(num_modalities: int) -> Batch:
+    """A batch of no sample: what a rank runs while others still have data (collectives must match)."""
+    return Batch.of([], torch.zeros(0, num_modalities, dtype=torch.bool), {}, torch.zeros(0))
+
+
+def to_device(value, device: torch.device):
+    """Move the tensors of a nested dict to `device`; other values stay."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return type(value)({key: to_device(entry, device) for key, entry in value.items()})
+    return value
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batches: Iterable[Batch], *, num_modalities: int) -> Predictions:
+    """Run `model` over this rank's batches and gather all ranks' results, on every rank.
+
+    Ranks may hold different numbers of batches: all go on until the last one is done, those without
+    data run empty batches, because expert exchange needs every rank in every forward pass.
+    """
+    was_training = model.training
+    model.eval()
+    parameter = next(model.parameters())
+    rows: list[tuple] = []
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        if not any_rank(batch is not None):
+            break
+        batch = empty_batch(num_modalities) if batch is None else batch
+        batch = _floats_as(to_device(batch, parameter.device), parameter.dtype)
+        output = model(**batch)
+        logits = output.logits.float().cpu().numpy()
+        rows += list(
+            zip(
+                batch.ids,
+                logits,
+                batch.labels.cpu().numpy(),
+                batch.present.cpu().numpy(),
+                strict=True,
+            )
+        )
+    model.train(was_training)
+    everyone = sorted(
+        (row for part in gather_objects(rows) for row in part), key=lambda row: row[0]
+    )
+    columns = list(zip(*everyone, strict=True)) if everyone else [(), (), (), ()]
+    return Predictions(
+        list(columns[0]), np.array(columns[1]), np.array(columns[2]), np.array(columns[3])
+    )
+
+
+def _floats_as(batch: Batch, dtype: torch.dtype) -> Batch:
+    """Cast the payloads to the model's dtype; labels keep theirs."""
+    inputs = {
+        modality: {
+            key: entry.to(dtype) if entry.is_floating_point() else entry
+            for key, entry in payload.items()
+        }
+        for modality, payload in batch.inputs.items()
+    }
+    return Batch.of(batch.ids, batch.present, inputs, batch.labels)

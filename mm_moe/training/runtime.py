@@ -1,0 +1,100 @@
+"""Processes: start-up, agreement between ranks, and what to tell the user while it happens."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger("mm_moe")
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0 of the run (known before the process group exists)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def world_size() -> int:
+    """Number of processes of the run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Number of processes on this node; launchers that do not say are taken as one node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(world_size()))))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _shared_memory_operator_is_built() -> bool:
+    """Whether DeepSpeed's CPU collective was compiled before, by this user for this torch."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    base = Path(root) if root else Path.home() / ".cache" / "torch_extensions"
+    return any(base.glob("**/deepspeed_shm_comm*.so"))
+
+
+def start() -> None:
+    """Join the process group, as rank 0 of 1 when no launcher set the environment.
+
+    Must run before anything imports DeepSpeed: its accelerator is chosen at import.
+    """
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not on_gpu and is_main() and not _shared_memory_operator_is_built():
+        logger.warning(
+            "DeepSpeed compiles its CPU collective now: about a minute, only this first time."
+        )
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+
+
+def stop() -> None:
+    """Leave the process group; without this a rank can abort at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def agree(value: Any) -> Any:
+    """Rank 0's value on every rank (any picklable object)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank."""
+    return any(gather_objects(bool(flag)))
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

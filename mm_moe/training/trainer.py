@@ -1,0 +1,145 @@
+"""`transformers.Trainer`, subclassed once: streams, objectives, expert groups and logical checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerState
+
+from mm_moe.batch import Batch
+from mm_moe.checkpoint import store
+from mm_moe.training import state
+from mm_moe.training.clip import clip_without_zero
+from mm_moe.training.meter import Meter
+from mm_moe.training.optimizer import parameter_groups
+
+Objective = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor], Any]]
+
+
+class MultimodalTrainer(Trainer):
+    """Trains a `MultimodalMoEModel` from a sample stream under DeepSpeed.
+
+    Args:
+        objective: returns (loss, parts, output) of a batch; lives outside the model.
+        make_stream: builds the training stream from the number of samples that earlier steps consumed
+            (over all ranks), which makes resume exact at any number of processes.
+        learning_rate_scale: learning-rate factor by parameter name.
+        save_extra: writes what belongs beside the weights (the processor) into a folder.
+        **kwargs: what `transformers.Trainer` takes.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        make_stream: Callable[[int], IterableDataset],
+        learning_rate_scale: Callable[[str], float] = lambda name: 1.0,
+        save_extra: Callable[[Path], None] = lambda folder: None,
+        **kwargs: Any,
+    ) -> None:
+        self.objective = objective
+        self.make_stream = make_stream
+        self.learning_rate_scale = learning_rate_scale
+        self.save_extra = save_extra
+        self.meter = Meter()
+        self._resume_dir: Path | None = None
+        super().__init__(train_dataset=make_stream(0), **kwargs)
+        self.model_accepts_loss_kwargs = False  # the objective averages over its own rows
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """Train; `resume_from_checkpoint` is a checkpoint folder that `store.verify` accepts."""
+        self._resume_dir = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
+        self.args.ignore_data_skip = True  # the stream itself starts at the right sample
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of this rank, from where the resumed run stopped."""
+        consumed = 0
+        if self._resume_dir is not None:
+            done = json.loads((self._resume_dir / state.PROGRESS).read_text())
+            consumed = int(done["samples"])
+        self._samples_before = consumed
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.make_stream(consumed),
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+        )
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over decay x dense/expert groups."""
+        if self.optimizer is None:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(
+                self.model,
+                weight_decay=self.args.weight_decay,
+                learning_rate=self.args.learning_rate,
+                scale=self.learning_rate_scale,
+            )
+            self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Let the Trainer build the engine, but restore from our logical checkpoint."""
+        model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        clip_without_zero(model)
+        if resume_from_checkpoint is not None:
+            state.restore(Path(resume_from_checkpoint), engine=model, scheduler=self.lr_scheduler)
+        self.meter.start()
+        return model, loader
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state.restore_random_state(Path(checkpoint), rank=self.args.process_index)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective's loss; its parts and the routing go to the meter."""
+        loss, parts, output = self.objective(model, inputs)
+        self.meter.add(parts, output.routing, rows=len(inputs.ids))
+        return (loss, output) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add loss parts, expert load and speed to a training log; called on every rank."""
+        if "loss" in logs:
+            logs = {**logs, **self.meter.summary()}
+        super().log(logs, start_time)
+
+    @property
+    def samples_seen(self) -> int:
+        """Training samples consumed over all ranks since the start of the run."""
+        steps = self.state.global_step - self._steps_before
+        batch = self.args.per_device_train_batch_size * self.args.world_size
+        return self._samples_before + steps * batch * self.args.gradient_accumulation_steps
+
+    @property
+    def _steps_before(self) -> int:
+        if self._resume_dir is None:
+            return 0
+        resumed = TrainerState.load_from_json(str(self._resume_dir / store.TRAINER_STATE))
+        return resumed.global_step
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write `checkpoint-STEP` aside and publish it when every rank is done."""
+        state.save(
+            Path(self.args.output_dir),
+            engine=self.model_wrapped,
+            scheduler=self.lr_scheduler,
+            trainer_state=self.state,
+            samples=self.samples_seen,
+            save_extra=self.save_extra,
+            keep=self.args.save_total_limit,
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a Hugging Face folder with all experts; every rank must call it."""
+        state.save_weights(
+            Path(output_dir or self.args.output_dir), self.model, save_extra=self.save_extra
+        )
