@@ -1,6 +1,6 @@
 """Run a function on several gloo processes and collect what each rank returns.
 
-    results = run_distributed(my_function, 2, "argument")   # my_function(rank, world_size, "argument")
+    results = run_distributed(my_function, 2, "text")  # calls my_function(rank, world_size, "text")
 
 `my_function` must be importable (top level of a module). `torch.distributed` and DeepSpeed are up
 when it is called. A rank that fails makes the call fail with that rank's traceback; ranks that hang
@@ -103,9 +103,7 @@ def _results(folder: Path, processes: list[BaseProcess], timeout_s: float) -> li
             failures.append(f"rank {rank} ended with status {process.exitcode}:\n{said}")
     if failures:
         raise RankFailedError("\n".join(failures))
-    return [
-        torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(len(processes))
-    ]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(len(processes))]
 
 
 def _main(

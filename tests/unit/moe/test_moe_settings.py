@@ -1,0 +1,28 @@
+"""Settings refuse what cannot work, with numbers and a way out."""
+
+import pytest
+
+from mm_moe.errors import ConfigError
+from mm_moe.moe.settings import MoESettings
+
+
+def test_a_round_trip_through_a_dict():
+    settings = MoESettings(num_experts=8, top_k=2, router_z_coef=0.0)
+    assert MoESettings.from_dict(settings.asdict()) == settings
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_experts": 0}, r"num_experts \(0\)"),
+        ({"num_experts": 4, "top_k": 5}, r"top_k \(5\).*\(4\); try top_k=4"),
+        ({"top_k": 0}, "try top_k=1"),
+        ({"load_balance_coef": -1.0}, "load_balance_coef"),
+        ({"router_z_coef": float("nan")}, "router_z_coef"),
+        ({"router": "topk_sofmax"}, "did you mean topk_softmax"),
+        ({"num_expert": 4}, "did you mean num_experts"),
+    ],
+)
+def test_bad_values(values, words):
+    with pytest.raises(ConfigError, match=words):
+        MoESettings.from_dict(values)
