@@ -1,0 +1,148 @@
+"""One trained model under every test condition: complete, each modality missing, and mixed.
+
+The forward pass belongs to the caller (`predict`), so the same code scores one process or many.
+N samples, M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eval.chance import chance
+from eval.metrics import has_label, headline, interval, scores
+from mm_moe.data.missing import MissingProtocol
+from mm_moe.data.schema import DataSource
+from mm_moe.errors import DataError
+from mm_moe.training.predict import Predictions
+
+COMPLETE, MIXED = "complete", "mixed"
+
+Predict = Callable[[MissingProtocol | None, str], Predictions]
+
+
+@dataclass(frozen=True)
+class ConditionScore:
+    """Scores of one model under one test condition.
+
+    Attributes:
+        condition: "complete", "text missing", ..., "mixed".
+        n: labelled samples that were scored.
+        metrics: metric name -> value.
+        chance: blind model -> metric name -> value (see `eval.chance.chance`).
+        interval: 95% bootstrap interval of the headline metric over the samples.
+    """
+
+    condition: str
+    n: int
+    metrics: dict[str, float]
+    chance: dict[str, dict[str, float]]
+    interval: tuple[float, float]
+
+
+def conditions(
+    modalities: Sequence[str], *, dataset: str, split: str, ratio: float, seed: int = 0
+) -> dict[str, MissingProtocol | None]:
+    """The test conditions in the order of the table.
+
+    Args:
+        modalities: the model's modalities. With only one there is nothing to take away.
+        dataset: the source's name, key of the masks.
+        split: the split that is scored, key of the masks.
+        ratio: share of samples that lack something in the mixed condition (kind "both").
+        seed: seed of the masks.
+
+    Returns:
+        Condition -> protocol; None leaves every sample as it is.
+    """
+    table: dict[str, MissingProtocol | None] = {COMPLETE: None}
+    if len(modalities) < 2:
+        return table
+    key: dict[str, Any] = {"dataset": dataset, "split": split, "seed": seed}
+    for name in reversed(modalities):
+        table[f"{name} missing"] = MissingProtocol(kind=name, ratio=1.0, **key)
+    if ratio > 0:
+        table[MIXED] = MissingProtocol(kind="both", ratio=ratio, **key)
+    return table
+
+
+def evaluate_conditions(
+    predict: Predict,
+    *,
+    source: DataSource,
+    modalities: Sequence[str],
+    num_labels: int,
+    prior: np.ndarray,
+    ratio: float,
+    split: str = "test",
+    seed: int = 0,
+) -> list[ConditionScore]:
+    """Score one model under all test conditions.
+
+    Args:
+        predict: (missing protocol or None, split) -> predictions of the whole split. It is called
+            once for each condition, in the same order on every rank.
+        source: names the masks and the kind of task.
+        modalities: the model's modalities.
+        num_labels: C.
+        prior: what the training labels say (see `eval.chance.chance`).
+        ratio: share of samples that lack something in the mixed condition.
+        split: the split to score.
+        seed: seed of the masks.
+
+    Raises:
+        DataError: a condition leaves no labelled sample.
+    """
+    table = conditions(modalities, dataset=source.name, split=split, ratio=ratio, seed=seed)
+    task: dict[str, Any] = {"problem_type": source.problem_type, "num_labels": num_labels}
+    rows = []
+    for condition, missing in table.items():
+        found = predict(missing, split)
+        count = int(has_label(found.labels).sum())
+        if not count:
+            raise DataError(
+                f"split {split!r} of {source.name!r} has no labelled sample in the condition "
+                f"{condition!r}; name another split to evaluate on."
+            )
+        rows.append(
+            ConditionScore(
+                condition=condition,
+                n=count,
+                metrics=scores(found.logits, found.labels, **task),
+                chance=chance(found.labels, prior=prior, **task),
+                interval=interval(
+                    found.logits, found.labels, metric=headline(source.problem_type), **task
+                ),
+            )
+        )
+    return rows
+
+
+def scores_document(
+    models: Mapping[str, Sequence[ConditionScore]],
+    *,
+    expert_load: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Any]:
+    """The content of a run's `scores.json`: several models under the same conditions.
+
+    The first model is the run's own, the others are baselines. Conditions, chance and row counts
+    are those of the first. The first metric is the headline.
+    """
+    first = next(iter(models.values()))
+    return {
+        "conditions": [row.condition for row in first],
+        "metrics": list(first[0].metrics),
+        "models": {name: {r.condition: r.metrics for r in rows} for name, rows in models.items()},
+        "intervals": {
+            name: {row.condition: list(row.interval) for row in rows}
+            for name, rows in models.items()
+        },
+        "chance": {row.condition: row.chance for row in first},
+        "num_rows": {row.condition: row.n for row in first},
+        "expert_load": {
+            layer: [int(n) for n in load] for layer, load in (expert_load or {}).items()
+        },
+    }
