@@ -15,7 +15,10 @@ ROOMS = ("mm_moe", "prompts", "pretrain", "finetune", "eval", "launch")
 
 # Data that modules open next to themselves: embedded data and weights with their notices,
 # tokenizers, recipes, page templates.
-PACKAGE_DATA = ("*.parquet", "*.safetensors", "*.json", "*.txt", "*.md", "*.yaml", "*.jinja")
+PACKAGE_DATA = (
+    *("*.parquet", "*.safetensors", "*.json", "*.txt", "*.md", "*.yaml", "*.jinja"),
+    *("NOTICE*", "LICENSE*", "*.sbatch"),
+)
 
 # A lower bound is the oldest release that the test suite has passed with. No upper bounds: pip then
 # takes the newest torch and the torchvision built for it. Holding torch back pairs it with a
@@ -34,17 +37,19 @@ REQUIREMENTS = [
     "safetensors>=0.6",
     "huggingface-hub>=1",
     "numpy>=2.1",
+    "pyarrow>=21",
+    "fsspec>=2025.3",
     "pillow>=11",
     "pyyaml>=6.0.2",
     "ninja>=1.11",  # DeepSpeed compiles its operators with it
     "scikit-learn>=1.7",
-    "torchmetrics>=1.8",
     "matplotlib>=3.10",
     "jinja2>=3.1.4",
     "tqdm>=4.67",
 ]
 TEST_REQUIREMENTS = [
     "pytest>=9",
+    "torchmetrics>=1.8",  # an independent peer of the scores
     "ruff>=0.17",
     "mypy>=2",
     "types-PyYAML",
@@ -56,7 +61,7 @@ TEST_REQUIREMENTS = [
 setup(
     name="mm-moe",
     version="0.1.0",
-    description="Sparse, expert-parallel multimodal models that train on data with missing modalities",
+    description="Sparse, expert-parallel multimodal models for data with missing modalities",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
