@@ -18,7 +18,8 @@ from mm_moe.errors import ConfigError
 def task_loss(logits_BC: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     """Mean loss over the rows that have a label, a float32 scalar.
 
-    Cross-entropy, binary cross-entropy over classes, or absolute error, by `problem_type`. A batch in
+    Cross-entropy, binary cross-entropy over classes, or absolute error, by `problem_type`. A batch
+    in
     which no row has a label gives exactly 0, connected to the logits: every rank must run the same
     backward pass.
 

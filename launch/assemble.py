@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mm_moe.models.configuration import MultimodalMoEConfig
-from mm_moe.models.modeling import MultimodalMoEModel, build_model
-from mm_moe.models.processing import processors_for, save_processors
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, set_seed
 
@@ -20,6 +17,9 @@ from mm_moe.data.collate import Collator
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import DataSource
 from mm_moe.data.streaming import SampleStream
+from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.models.modeling import MultimodalMoEModel, build_model
+from mm_moe.models.processing import processors_for, save_processors
 from mm_moe.moe.parallel import make_expert_parallel
 from mm_moe.registry import OBJECTIVES
 from mm_moe.training import runtime
@@ -50,10 +50,18 @@ def model_config(settings: Settings, source: DataSource, *, prompt: str) -> Mult
         prompt_config=parse_json("prompt_config", settings.prompt.prompt_config)
         if same_prompt
         else {},
-        num_labels=len(source.label_names),
-        problem_type=source.problem_type,
-        label_names=list(source.label_names),
+        upcycle_noise=settings.moe.upcycle_noise,
+        **label_fields(source),
     )
+
+
+def label_fields(source: DataSource) -> dict[str, Any]:
+    """The configuration fields of the head: classes, one number, or no head at all."""
+    if source.problem_type == "none":
+        return {"num_labels": 0}
+    if source.problem_type == "regression":
+        return {"num_labels": 1, "problem_type": source.problem_type}
+    return {"label_names": list(source.label_names), "problem_type": source.problem_type}
 
 
 def dense_model(settings: Settings, config: MultimodalMoEConfig) -> MultimodalMoEModel:
@@ -62,11 +70,7 @@ def dense_model(settings: Settings, config: MultimodalMoEConfig) -> MultimodalMo
     if settings.model.init_from:
         model = MultimodalMoEModel.from_pretrained(settings.model.init_from)
     else:
-        model = build_model(
-            config,
-            pretrained=settings.model.pretrained,
-            upcycle_noise=settings.moe.upcycle_noise,
-        )
+        model = build_model(config, pretrained=settings.model.pretrained)
     locked = [
         name
         for name, lock in (("image", settings.model.lock_image), ("text", settings.model.lock_text))
@@ -156,7 +160,7 @@ class Run:
 
     def save_extra(self, folder: Path) -> None:
         """Write the processor beside the weights."""
-        save_processors(self.model.config, folder)
+        save_processors(self.processors, folder)
 
 
 def learning_rate_scale(scale: float) -> Callable[[str], float]:
@@ -180,7 +184,8 @@ def prepare_run(
     config = model_config(settings, source, prompt=prompt)
     model = dense_model(settings, config)
     model = make_expert_parallel(model, ep_size=ep_size)
-    processors = processors_for(model.config)
+    start = settings.model.init_from or settings.model.pretrained
+    processors = processors_for(model.config, source=start)
     run = Run(settings, source, model, processors, bad_ids=[])
     objective = OBJECTIVES.resolve(settings.run.objective)(problem_type=source.problem_type)
     collator = run.train_collator()

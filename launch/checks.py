@@ -69,8 +69,8 @@ def settle_batch(values: argparse.Namespace, argv: list[str]) -> None:
     share = values.global_batch_size // parts
     if own and values.per_device_train_batch_size != share:
         raise ConfigError(
-            f"--global_batch_size {values.global_batch_size} over {parts} gives {share} per process, "
-            f"--per_device_train_batch_size says {values.per_device_train_batch_size}; drop one."
+            f"--global_batch_size {values.global_batch_size} over {parts} gives {share} per "
+            f"process, --per_device_train_batch_size says {values.per_device_train_batch_size}; drop one."
         )
     values.per_device_train_batch_size = share
 
@@ -163,8 +163,8 @@ def check_output(values: argparse.Namespace, *, resuming: bool) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "another run" if (folder / RUN_FILE).exists() else "files"
         raise ConfigError(
-            f"--output_dir {str(folder)!r} already holds {what}; name a new folder, or resume it with "
-            f"--output_dir {folder} --resume_from_checkpoint latest."
+            f"--output_dir {str(folder)!r} already holds {what}; name a new folder, or "
+            f"resume it with --output_dir {folder} --resume_from_checkpoint latest."
         )
 
 

@@ -1,4 +1,4 @@
-"""Command lines: recipes and flags in, dataclasses out, expected failures as one line and status 2."""
+"""Command lines: recipes and flags in, dataclasses out, expected failures in one line."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ class RecipeParser(HfArgumentParser):
         """Recipe and flags as plain values; nothing is constructed yet.
 
         Raises:
-            ConfigError: unknown flag or recipe key (with the nearest names), or a value of the wrong
+            ConfigError: unknown flag or recipe key (with the nearest names), or a value of the
+            wrong
                 type.
         """
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -84,7 +85,8 @@ class RecipeParser(HfArgumentParser):
         for key in recipe:
             if key not in self.flags:
                 raise ConfigError(
-                    f"recipe {recipe_path!r} sets {key!r}, which is no flag; {nearest(key, self.flags)}"
+                    f"recipe {recipe_path!r} sets {key!r}, which is no flag; "
+                    f"{nearest(key, self.flags)}"
                 )
         namespace, unknown = self.parse_known_args(recipe_argv(recipe) + argv)
         for word in unknown:

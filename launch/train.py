@@ -1,7 +1,8 @@
 """Trains a sparse multimodal model: `deepspeed launch/train.py --deepspeed ds_configs/zero2.json`.
 
 Without further flags it runs the recipe `finetune/recipes/emoji_replay.yaml` on embedded data.
-`torchrun --nproc_per_node N launch/train.py ...` and `python launch/train.py ...` take the same flags.
+`torchrun --nproc_per_node N launch/train.py ...` and `python launch/train.py ...` take the same
+flags.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ def contrastive_loss(
         logit_scale: natural logarithm of the inverse temperature.
 
     Returns:
-        This rank's share, whose mean over ranks is the loss of the global batch. 0 without any pair.
+        This rank's share, whose mean over ranks is the loss of the global batch. 0 without any
+        pair.
     """
     image_BD = F.normalize(image_BD.float(), dim=-1, eps=1e-6)
     text_BD = F.normalize(text_BD.float(), dim=-1, eps=1e-6)

@@ -53,7 +53,8 @@ def check_deepspeed_config(
         world_size: number of processes.
 
     Raises:
-        ConfigError: ZeRO-3, fp16, low precision at ZeRO-0, DeepSpeed's own optimizer or scheduler, or
+        ConfigError: ZeRO-3, fp16, low precision at ZeRO-0, DeepSpeed's own optimizer or scheduler,
+        or
             two values for one thing; names both and a way out.
     """
     stage = config.get("zero_optimization", {}).get("stage", 0)

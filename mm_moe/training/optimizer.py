@@ -29,7 +29,8 @@ def parameter_groups(
 
     Returns:
         Groups with "params", "weight_decay", "lr" and "name"; a group of experts also has
-        "moe": True and the name of its expert-parallel group, by which ZeRO picks the processes to reduce over. Empty
+        "moe": True and the name of its expert-parallel group, by which ZeRO picks the processes to
+        reduce over. Empty
         groups are left out: ZeRO cannot flatten them.
     """
     groups: dict[tuple, dict] = {}
