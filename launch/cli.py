@@ -63,6 +63,7 @@ class RecipeParser(HfArgumentParser):
         super().__init__(types, allow_abbrev=False)
 
     def error(self, message: str) -> None:  # type: ignore[override]
+        """Turn argparse's complaint into a `ConfigError`."""
         raise ConfigError(message)
 
     @property

@@ -1,4 +1,4 @@
-"""Every setting of a run that `TrainingArguments` does not own, as dataclasses for `HfArgumentParser`.
+"""Every setting of a run that `TrainingArguments` does not own, for `HfArgumentParser`.
 
 Names follow open_clip, DeepSpeed and MoE-LLaVA where those have one. A recipe is a YAML file of
 these
@@ -26,7 +26,8 @@ def parse_json(flag: str, text: str | None) -> dict[str, Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"--{flag} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
+            f"--{flag} is not valid JSON: {error.msg} at line {error.lineno}, "
+            f"column {error.colno}; "
             f"write an object such as '{{\"name\": 1}}'."
         ) from error
     if not isinstance(value, dict):

@@ -57,23 +57,27 @@ class Batch(dict):
 
     @property
     def ids(self) -> list[str]:
+        """The B sample ids."""
         return self["ids"]
 
     @property
     def present(self) -> Tensor:
+        """Which modalities each row has, bool (B, M)."""
         return self["present"]
 
     @property
     def inputs(self) -> dict[str, dict[str, Tensor]]:
+        """Packed payloads by modality."""
         return self["inputs"]
 
     @property
     def labels(self) -> Tensor | None:
+        """Labels, or None without any."""
         return self["labels"]
 
 
 def pattern_index(present_BM: Tensor) -> Tensor:
-    """Index (B,) int64 of each row's set of present modalities: bit m is set where modality m is present.
+    """Index (B,) int64 of each row's set of present modalities: bit m stands for modality m.
 
     With two modalities (image, text): 3 complete, 1 text missing, 2 image missing, 0 nothing.
     """

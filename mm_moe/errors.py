@@ -1,4 +1,4 @@
-"""Errors that a user can act on. The command line prints their text alone and exits with status 2."""
+"""Errors that a user can act on: the command line prints their text and exits with status 2."""
 
 
 class MMMoEError(Exception):

@@ -1,4 +1,4 @@
-"""Tables from a name to a `module:attribute` string, so that adding a thing is one file and one line.
+"""Tables from a name to a `module:attribute` string: adding a thing is one file and one line.
 
 Strings instead of imports: the core can name a prompt or an objective that lives above it without
 importing it, and nothing heavy is imported until it is asked for.
@@ -15,7 +15,7 @@ from mm_moe.errors import ConfigError
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """A phrase that lists the known names closest to `name` (or all of them, if few or none is close)."""
+    """A phrase that lists the known names closest to `name`, or all of them if none is close."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}."
 

@@ -1,4 +1,4 @@
-"""The logical state of a run: one tensor for each parameter, whatever ZeRO stage and layout hold it.
+"""The logical state of a run: one tensor for each parameter, whatever layout holds it.
 
 An expert parameter is the stack over all E experts, addressed by global id along dimension 0, so a
 checkpoint written at one expert-parallel size is read at any other.
@@ -116,8 +116,8 @@ def load_optimizer(engine, read: Callable[[str], Tensor], step: int) -> None:
                     owner_of_value = None
                 else:
                     raise CheckpointError(
-                        f"the checkpoint has no optimizer state for {name!r}; it was frozen in the run "
-                        "that wrote it. Resume with that run's settings."
+                        f"the checkpoint has no optimizer state for {name!r}; it was frozen in the "
+                        "run that wrote it. Resume with that run's settings."
                     ) from error
             else:
                 owner_of_value = owner
@@ -133,7 +133,7 @@ def load_optimizer(engine, read: Callable[[str], Tensor], step: int) -> None:
 
 
 def _create_flat_states(zero_optimizer, step: int) -> None:
-    """Make the moments that ZeRO would only create at its first step, so that they can be filled."""
+    """Make the moments that ZeRO would only create at its first step, to fill them."""
     for flat in zero_optimizer.single_partition_of_fp32_groups:
         zero_optimizer.optimizer.state[flat] = {
             "step": torch.tensor(float(step)),

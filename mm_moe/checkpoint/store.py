@@ -48,7 +48,7 @@ def write_manifest(folder: Path, step: int) -> None:
 
 
 def publish(aside: Path, final: Path) -> None:
-    """Rename a complete folder into place; a folder of that name from an earlier life is replaced."""
+    """Rename a complete folder into place; an older folder of that name is replaced."""
     if final.exists():
         shutil.rmtree(final)
     os.replace(aside, final)

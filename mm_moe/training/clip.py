@@ -15,7 +15,7 @@ from mm_moe.moe.parallel import is_expert_parameter
 
 
 def global_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-    """L2 norm of all reduced gradients: dense ones once, experts once over their expert-parallel group.
+    """L2 norm of all reduced gradients: dense ones once, experts once over their group.
 
     A collective over each expert-parallel group; call it on every rank.
     """

@@ -1,4 +1,4 @@
-"""Differentiable exchange of rows between ranks, for objectives that compare samples with one another.
+"""Differentiable exchange of rows between ranks, for objectives that compare samples.
 
 B rows of this rank, G rows of all ranks, D width.
 """
@@ -38,7 +38,7 @@ def gather_rows(rows_BD: Tensor) -> tuple[Tensor, int]:
 
 
 def mean_weight(count: Tensor) -> Tensor:
-    """Factor that turns a sum over this rank's rows into its share of the mean over all ranks' rows.
+    """Factor from a sum over this rank's rows to its share of the mean over all ranks' rows.
 
     Args:
         count: number of rows that count on this rank, a scalar tensor.

@@ -25,8 +25,8 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(
-            f"--deepspeed {str(path)!r} does not exist; take one of ds_configs/zero0.json, zero1.json, "
-            "zero2.json, zero2_offload.json."
+            f"--deepspeed {str(path)!r} does not exist; take one of ds_configs/zero0.json, "
+            "zero1.json, zero2.json, zero2_offload.json."
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

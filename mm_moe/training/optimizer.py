@@ -1,4 +1,4 @@
-"""Parameter groups that DeepSpeed's ZeRO understands: decay x dense/expert, made without being asked."""
+"""Parameter groups that DeepSpeed's ZeRO understands: decay x dense/expert."""
 
 from __future__ import annotations
 

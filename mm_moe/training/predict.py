@@ -34,7 +34,7 @@ class Predictions:
 
 
 def empty_batch(num_modalities: int) -> Batch:
-    """A batch of no sample: what a rank runs while others still have data (collectives must match)."""
+    """A batch of no sample: what a rank without data runs while others still have some."""
     return Batch.of([], torch.zeros(0, num_modalities, dtype=torch.bool), {}, torch.zeros(0))
 
 

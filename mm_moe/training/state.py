@@ -1,4 +1,4 @@
-"""Saves and restores a run: weights, optimizer, schedule, random states and position in the data."""
+"""Saves and restores a run: weights, optimizer, schedule, random states, place in the data."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def restore(folder: Path, *, engine, scheduler) -> None:
 
 
 def _plain(values: dict) -> dict:
-    """The entries of a scheduler's state that JSON holds exactly (functions are rebuilt, not stored)."""
+    """The entries of a scheduler's state that JSON holds exactly; functions are rebuilt."""
     keep = {}
     for key, value in values.items():
         try:
@@ -115,7 +115,7 @@ def _plain(values: dict) -> dict:
 
 
 def _random_state() -> dict:
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (saves the global)
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
@@ -132,7 +132,7 @@ def restore_random_state(folder: Path, *, rank: int) -> None:
     saved = torch.load(file, weights_only=True)
     kind, keys, *rest = saved["numpy"]
     random.setstate(saved["python"])
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(saved["torch"])
     if saved["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(saved["cuda"])

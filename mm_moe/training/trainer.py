@@ -1,4 +1,4 @@
-"""`transformers.Trainer`, subclassed once: streams, objectives, expert groups and logical checkpoints."""
+"""`transformers.Trainer`, subclassed once: streams, objectives, logical checkpoints."""
 
 from __future__ import annotations
 
