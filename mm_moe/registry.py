@@ -78,6 +78,8 @@ ROUTERS = Registry(
     "router",
     {
         "topk_softmax": "mm_moe.moe.router:TopKSoftmaxRouter",
+        "topk_sigmoid": "mm_moe.moe.router_sigmoid:TopKSigmoidRouter",
+        "noisy_topk": "mm_moe.moe.router_noisy:NoisyTopKRouter",
     },
 )
 PROMPTS = Registry(

@@ -1,4 +1,5 @@
-"""Dispatchers move tokens to experts and back; truly dropless: no padding, no capacity.
+"""Dispatchers move tokens to experts and back; no padding, so a skewed load costs
+no more than an even one.
 
 Rows are sorted by expert, the experts work on contiguous slices, and each token collects the
 weighted outputs of its choices. Both directions are gathers, forward and backward: nothing is added
@@ -108,6 +109,13 @@ class Dispatcher(ABC):
     def sum_over_ranks(self, totals: Tensor) -> Tensor:
         """Differentiable sum of a tensor over the processes that share the batch."""
 
+    @abstractmethod
+    def gather_over_ranks(self, rows: Tensor) -> tuple[Tensor, int]:
+        """The rows of all processes in the order of ranks, and where this process' rows start.
+
+        Not differentiable; processes may have different numbers of rows, also none.
+        """
+
 
 class LocalDispatcher(Dispatcher):
     """All experts are in this process."""
@@ -119,3 +127,7 @@ class LocalDispatcher(Dispatcher):
     def sum_over_ranks(self, totals: Tensor) -> Tensor:
         """One process: the sum is the tensor itself."""
         return totals
+
+    def gather_over_ranks(self, rows: Tensor) -> tuple[Tensor, int]:
+        """One process: its rows are all there are."""
+        return rows, 0

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mm_moe.moe.balance import RoutingSums
+from mm_moe.moe.capacity import within_capacity
+from mm_moe.moe.companion import Residual, SharedExpert
 from mm_moe.moe.dispatch import Dispatcher, LocalDispatcher
 from mm_moe.moe.experts import Experts
+from mm_moe.moe.noise import draw_seed, normal_by_place
 from mm_moe.moe.router import Routing
 from mm_moe.moe.settings import MoESettings
 from mm_moe.registry import ROUTERS
@@ -54,6 +58,7 @@ class MoELayer(nn.Module):
         self.experts = Experts(
             num_experts=settings.num_experts, width=width, hidden=hidden, activation=activation
         )
+        self.companion = _companion(width, hidden, settings, activation)
         self.dispatcher: Dispatcher = LocalDispatcher()
 
     def forward(
@@ -74,11 +79,35 @@ class MoELayer(nn.Module):
         flat_TD = x.reshape(-1, x.shape[-1])
         real_T = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
         x_TD = flat_TD if real_T is None else flat_TD.index_select(0, real_T)
-        routing = self.router(x_TD, modality)
+        routing = self._route(x_TD, modality)
         y_TD, tokens_E = self.dispatcher(x_TD, routing, self.experts)
+        if self.companion is not None:
+            y_TD = self.companion.join(x_TD, y_TD)
         if real_T is not None:
             y_TD = y_TD.new_zeros(flat_TD.shape).index_copy(0, real_T, y_TD)
         return y_TD.view(x.shape), self._record(routing, tokens_E)
+
+    def _route(self, x_TD: Tensor, modality: int | None) -> Routing:
+        noise_TE = None
+        if self.training and self.router.uses_noise:
+            noise_TE = self._noise(x_TD)
+        routing = self.router(x_TD, modality, noise_TE)
+        if self.settings.drop_tokens:
+            routing = within_capacity(
+                routing,
+                settings=self.settings,
+                training=self.training,
+                gather_over_ranks=self.dispatcher.gather_over_ranks,
+            )
+        return routing
+
+    def _noise(self, x_TD: Tensor) -> Tensor:
+        """Noise by place in the whole batch, from the first rank's seed."""
+        seed = torch.tensor([draw_seed()], device=x_TD.device)
+        seeds, _ = self.dispatcher.gather_over_ranks(seed)
+        place_T = torch.arange(len(x_TD), device=x_TD.device)
+        _, start = self.dispatcher.gather_over_ranks(place_T)
+        return normal_by_place(int(seeds[0]), place_T + start, self.num_experts)
 
     def _record(self, routing: Routing, tokens_E: Tensor) -> RoutingRecord:
         sums = RoutingSums.of(
@@ -94,6 +123,17 @@ class MoELayer(nn.Module):
         }
         losses = self.router.losses(routing, sums, self.dispatcher.sum_over_ranks)
         return RoutingRecord(tokens_E=tokens_E, losses=losses, metrics=metrics)
+
+
+def _companion(
+    width: int, hidden: int, settings: MoESettings, activation: str
+) -> Residual | SharedExpert | None:
+    if settings.use_residual:
+        return Residual(width=width, hidden=hidden, activation=activation)
+    if settings.num_shared_experts:
+        hidden = hidden * settings.num_shared_experts
+        return SharedExpert(width=width, hidden=hidden, activation=activation)
+    return None
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:

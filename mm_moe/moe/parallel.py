@@ -145,6 +145,19 @@ class ExpertParallelDispatcher(Dispatcher):
         """Differentiable sum over all processes of the run."""
         return _SumOverRanks.apply(totals)
 
+    def gather_over_ranks(self, rows: Tensor) -> tuple[Tensor, int]:
+        """Rows of all processes of the run: counts first, then rows padded to the longest part."""
+        count = torch.tensor([len(rows)], device=rows.device)
+        counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+        dist.all_gather(counts, count)
+        sizes = torch.cat(counts).tolist()
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return whole, sum(sizes[: dist.get_rank()])
+
 
 class _Permute(torch.autograd.Function):
     """Reorder rows; backward is the inverse gather instead of a scatter with atomic adds."""
@@ -188,7 +201,10 @@ class ExpertParallelMoE(MoELayer, MoE):
         self.num_local_experts = layer.num_experts // ep_size
         self.width, self.settings = layer.width, layer.settings
         groups._create_expert_and_data_parallel(ep_size)
-        self.router = layer.router
+        for name, child in layer.named_children():  # router and what works beside the experts
+            self.add_module(name, child)
+        if layer.companion is None:
+            self.companion = None
         self.experts = layer.experts.slice(
             self.first_expert, self.first_expert + self.num_local_experts
         )

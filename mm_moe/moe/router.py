@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class Routing:
         expert_TK: int64, the chosen global expert ids, best first, no expert twice in a row.
         weight_TK: the weights of the chosen experts' outputs; carry the router's gradient.
         keep_TK: bool, False where a choice was dropped for lack of capacity; None keeps all.
+        noisy_TE: the scores that a noisy router made the choice by; None elsewhere.
     """
 
     logit_TE: Tensor
@@ -33,6 +35,7 @@ class Routing:
     expert_TK: Tensor
     weight_TK: Tensor
     keep_TK: Tensor | None = None
+    noisy_TE: Tensor | None = None
 
 
 def choose(score_TE: Tensor, k: int) -> Tensor:
@@ -58,7 +61,12 @@ class Router(nn.Module, ABC):
     """Base of routers: a linear score per expert in float32, and the losses that they share.
 
     A new router implements `forward` in one file and adds one line to the registry.
+
+    Attributes:
+        uses_noise: whether `forward` wants noise while training.
     """
+
+    uses_noise: ClassVar[bool] = False
 
     def __init__(self, *, width: int, settings: MoESettings) -> None:
         super().__init__()
@@ -80,8 +88,17 @@ class Router(nn.Module, ABC):
             return F.linear(x_TD.to(dtype), self.weight.to(dtype))
 
     @abstractmethod
-    def forward(self, x_TD: Tensor, modality: int | None = None) -> Routing:
-        """Route tokens; `modality` is the index of the modality that they all belong to."""
+    def forward(
+        self, x_TD: Tensor, modality: int | None = None, noise_TE: Tensor | None = None
+    ) -> Routing:
+        """Route tokens.
+
+        Args:
+            x_TD: the tokens.
+            modality: index of the modality that they all belong to.
+            noise_TE: standard normal values, if `uses_noise` and training; a token's noise does not
+                depend on the rank that it is on.
+        """
 
     def losses(
         self, routing: Routing, sums: RoutingSums, sum_over_ranks: SumOverRanks
@@ -104,8 +121,10 @@ class TopKSoftmaxRouter(Router):
     Switch multiplies by the raw probability.
     """
 
-    def forward(self, x_TD: Tensor, modality: int | None = None) -> Routing:
-        """Route each token by itself; the modality plays no part."""
+    def forward(
+        self, x_TD: Tensor, modality: int | None = None, noise_TE: Tensor | None = None
+    ) -> Routing:
+        """Route each token by itself; modality and noise play no part."""
         logit_TE = self.score(x_TD)
         prob_TE = logit_TE.softmax(-1)
         expert_TK = choose(logit_TE, self.settings.top_k)

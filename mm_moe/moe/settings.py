@@ -18,8 +18,16 @@ class MoESettings:
         num_experts: experts of the layer over all processes.
         top_k: experts that each token visits.
         router: name in the registry of routers, or `pkg.mod:Class`.
-        load_balance_coef: weight of the load-balance loss (0 turns it off).
+        load_balance_coef: weight of the router's balance loss (0 turns it off).
         router_z_coef: weight of the router z-loss (0 turns it off).
+        drop_tokens: True gives each expert a capacity and drops the least probable rows beyond it;
+            False (default) computes every row.
+        capacity_factor: capacity relative to an even load while training.
+        eval_capacity_factor: the same outside training.
+        min_capacity: rows that an expert takes at least.
+        noise_std: noise of a noisy router, times 1 / num_experts.
+        use_residual: mix the experts' output with a dense feed-forward's.
+        num_shared_experts: feed-forwards that every token visits besides its choices.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -30,6 +38,13 @@ class MoESettings:
     router: str = "topk_softmax"
     load_balance_coef: float = 0.01
     router_z_coef: float = 0.001
+    drop_tokens: bool = False
+    capacity_factor: float = 1.25
+    eval_capacity_factor: float = 2.0
+    min_capacity: int = 4
+    noise_std: float = 1.0
+    use_residual: bool = False
+    num_shared_experts: int = 0
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -39,12 +54,23 @@ class MoESettings:
                 f"moe.top_k ({self.top_k}) must lie between 1 and moe.num_experts "
                 f"({self.num_experts}); try top_k={min(max(self.top_k, 1), self.num_experts)}."
             )
-        for name in ("load_balance_coef", "router_z_coef"):
+        for name in ("load_balance_coef", "router_z_coef", "noise_std", "num_shared_experts"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(
                     f"moe.{name} ({getattr(self, name)}) must be finite and not negative; "
-                    f"0 turns the loss off."
+                    "0 turns it off."
                 )
+        for name in ("capacity_factor", "eval_capacity_factor", "min_capacity"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(
+                    f"moe.{name} ({getattr(self, name)}) must be finite and above 0; "
+                    "drop_tokens=False does without a capacity."
+                )
+        if self.use_residual and self.num_shared_experts:
+            raise ConfigError(
+                f"moe.use_residual and moe.num_shared_experts ({self.num_shared_experts}) exclude "
+                "each other; set num_shared_experts=0 or use_residual=False."
+            )
         ROUTERS.check(self.router)
 
     @classmethod

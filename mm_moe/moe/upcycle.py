@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_moe.errors import ConfigError
+from mm_moe.moe.companion import SharedExpert
 from mm_moe.moe.experts import ACTIVATIONS
 from mm_moe.moe.layer import MoELayer
 from mm_moe.moe.settings import MoESettings
@@ -62,7 +63,38 @@ def upcycle(
                 stacked.add_(_normal_like(stacked, generator), alpha=noise * float(dense.std()))
         for stacked, bias in ((experts.b_in, first.bias), (experts.b_out, second.bias)):
             stacked.zero_() if bias is None else stacked.copy_(bias.expand_as(stacked))
+        _upcycle_companion(layer, first, second)
     return layer.train(mlp.training)
+
+
+def _upcycle_companion(layer: MoELayer, first: nn.Linear, second: nn.Linear) -> None:
+    """Fill the dense feed-forward beside the experts so that the sum stays the dense function.
+
+    A residual branch is mixed with weights that sum to 1: a copy will do. Each of n shared experts
+    and the routed part give 1 / (n + 1) of the output.
+    """
+    beside = layer.companion
+    if beside is None:
+        return
+    copies = beside.fc1.out_features // first.out_features
+    part = 1.0
+    if isinstance(beside, SharedExpert):
+        part = 1 / (copies + 1)
+        layer.experts.w_out.mul_(part)
+        layer.experts.b_out.mul_(part)
+    beside.fc1.weight.copy_(first.weight.repeat(copies, 1))
+    beside.fc2.weight.copy_(second.weight.repeat(1, copies) * part)
+    for linear, bias in ((beside.fc1, first.bias), (beside.fc2, second.bias)):
+        linear.bias.zero_() if bias is None else linear.bias.copy_(_tiled(bias, linear.bias))
+    if isinstance(beside, SharedExpert):
+        beside.fc2.bias.mul_(copies * part)
+    else:
+        for parameter in beside.coefficient.parameters():
+            parameter.zero_()  # start from equal shares
+
+
+def _tiled(bias: Tensor, like: Tensor) -> Tensor:
+    return bias.repeat(len(like) // len(bias))
 
 
 def _normal_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:

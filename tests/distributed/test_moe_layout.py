@@ -25,26 +25,36 @@ TOKENS = {  # tokens per rank (as many as there are ranks)
     "first rank only": [6, 0, 0, 0],
     "none at all": [0, 0, 0, 0],
 }
-CASES = [
-    (ep_size, top_k, tokens, "spread")
-    for ep_size in (1, 2, 4)
-    for top_k in (1, 2, 4)
-    for tokens in TOKENS
-] + [(ep_size, top_k, "uneven", "one expert") for ep_size in (1, 2, 4) for top_k in (1, 2)]
+VARIANTS = {
+    "plain": {},
+    "one expert": {},  # all tokens choose the same expert
+    "capacity": {"drop_tokens": True, "capacity_factor": 0.6, "min_capacity": 1},
+    "sigmoid": {"router": "topk_sigmoid"},
+    "noisy": {"router": "noisy_topk", "noise_std": 4.0},
+    "residual": {"use_residual": True},
+    "shared": {"num_shared_experts": 2},
+}
+PLAIN = [("plain", 2, tokens) for tokens in TOKENS]
+PLAIN += [("plain", top_k, tokens) for top_k in (1, 4) for tokens in ("uneven", "a rank without")]
+OTHERS = [(variant, 1, "uneven") for variant in VARIANTS if variant != "plain"]
+OTHERS += [("capacity", 2, "a rank without"), ("noisy", 2, "a rank without")]
+CASES = [(ep_size, *case) for ep_size in (1, 2, 4) for case in PLAIN + OTHERS]
 
 
-def build(top_k: int, load: str) -> nn.Module:
+def build(variant: str, top_k: int) -> nn.Module:
     """Two sparse layers with a linear one between, identical on every rank."""
     from mm_moe.moe.layer import MoELayer
     from mm_moe.moe.settings import MoESettings
 
     torch.manual_seed(5)
-    settings = MoESettings(num_experts=4, top_k=top_k, load_balance_coef=0.3, router_z_coef=0.2)
+    settings = MoESettings(
+        num_experts=4, top_k=top_k, load_balance_coef=0.3, router_z_coef=0.2, **VARIANTS[variant]
+    )
     first, second = (MoELayer(width=WIDTH, hidden=HIDDEN, settings=settings) for _ in range(2))
     model = nn.ModuleList([first, nn.Linear(WIDTH, WIDTH), second]).double()
     for layer in (first, second):
         nn.init.normal_(layer.router.weight)
-        if load == "one expert":
+        if variant == "one expert":
             layer.router.weight.data.zero_()
     return model
 
@@ -61,10 +71,10 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item() if a.numel() else 0.0
 
 
-def compare(rank, world_size, ep_size, top_k, tokens, load) -> dict[str, float]:
+def compare(rank, world_size, ep_size, variant, top_k, tokens) -> dict[str, float]:
     from mm_moe.moe.parallel import gather_experts, is_expert_parameter, make_expert_parallel
 
-    whole = build(top_k, load)
+    whole = build(variant, top_k)
     sharded = make_expert_parallel(copy.deepcopy(whole), ep_size=ep_size)
     counts = TOKENS[tokens][:world_size]
     start = sum(counts[:rank])
@@ -73,10 +83,12 @@ def compare(rank, world_size, ep_size, top_k, tokens, load) -> dict[str, float]:
     x_TD, target_TD = torch.randn(2, sum(counts), WIDTH, dtype=torch.float64)
     mask_T = torch.rand(sum(counts)) > 0.25
 
+    torch.manual_seed(100)  # a noisy router takes its seed from the first rank
     x_whole = x_TD.clone().requires_grad_()
     task, routing_loss, y_whole, records = loss_of(whole, x_whole, target_TD, mask_T)
     (task + routing_loss).backward()
 
+    torch.manual_seed(100 + rank)
     x_part = x_TD[part].clone().requires_grad_()
     task_part, routing_part, y_part, parts = loss_of(sharded, x_part, target_TD[part], mask_T[part])
     # the engine takes the mean over ranks; times world_size, the parts of the task loss add up
@@ -124,7 +136,7 @@ def results(request):
 def test_every_layout_equals_one_process(results, quantity):
     world_size, ranks = results
     wrong = {
-        f"rank {rank}, ep_size {case[0]}, top_k {case[1]}, {case[2]}, {case[3]}": found[quantity]
+        f"rank {rank}, ep_size {case[0]}, {case[1]}, top_k {case[2]}, {case[3]}": found[quantity]
         for rank, cases in enumerate(ranks)
         for case, found in cases.items()
         if not found[quantity] <= BOUND

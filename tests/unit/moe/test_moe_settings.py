@@ -20,6 +20,9 @@ def test_a_round_trip_through_a_dict():
         ({"load_balance_coef": -1.0}, "load_balance_coef"),
         ({"router_z_coef": float("nan")}, "router_z_coef"),
         ({"router": "topk_sofmax"}, "did you mean topk_softmax"),
+        ({"capacity_factor": 0.0}, "capacity_factor .*drop_tokens=False"),
+        ({"noise_std": -1.0}, "noise_std"),
+        ({"use_residual": True, "num_shared_experts": 1}, "exclude each other"),
         ({"num_expert": 4}, "did you mean num_experts"),
     ],
 )

@@ -41,6 +41,27 @@ DENSE = {
 }
 
 
+VARIANTS = {
+    "sigmoid": {"router": "topk_sigmoid"},
+    "noisy": {"router": "noisy_topk"},
+    "residual": {"use_residual": True},
+    "one shared": {"num_shared_experts": 1},
+    "two shared": {"num_shared_experts": 2},
+}
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["clip quick_gelu", "no bias"])
+def test_every_variant_equals_the_dense_one(kind, variant, top_k):
+    torch.manual_seed(0)
+    mlp = DENSE[kind]()
+    layer = upcycle(mlp, settings=MoESettings(top_k=top_k, **VARIANTS[variant]))
+    x = torch.randn(5, 7, 24)
+    y, _ = layer(x)
+    assert (y - mlp(x)).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("kind", DENSE)
 def test_the_sparse_layer_equals_the_dense_one(kind, top_k):
