@@ -1,0 +1,172 @@
+"""Samples to a batch: mask first, then decode and pack what is left.
+
+A payload that the missing protocol takes is deleted before it is decoded, so nothing downstream can
+see it. An image that does not decode makes its modality absent for that row; it is counted, named
+once in the log of `mm_moe.data`, and the run goes on up to a limit.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mm_moe.batch import IGNORED_LABEL, IMAGE, Batch, Sample
+from mm_moe.data.decode import UndecodableImageError, decode_image
+from mm_moe.data.schema import MULTI_LABEL, NO_LABEL, SINGLE_LABEL, check_label
+from mm_moe.errors import ConfigError, DataError
+
+# B samples, M modalities, N present rows of one modality, C classes
+
+logger = logging.getLogger("mm_moe.data")
+Processor = Callable[[list[Any]], dict[str, Tensor]]
+
+
+class Missing(Protocol):
+    """What decides the imposed missingness: `MissingProtocol` or `MissingTable`."""
+
+    def present(self, ids: Sequence[str], modalities: Sequence[str]) -> Tensor:
+        """Bool (B, M)."""
+
+
+class Collator:
+    """Builds a `Batch` from `Sample` objects.
+
+    Args:
+        modalities: the model's modalities in order.
+        processors: modality -> function from a list of N values (RGB images, str) to tensors whose
+            first dimension is N.
+        problem_type: see `mm_moe.data.schema`.
+        num_labels: number of classes.
+        missing: imposed missingness, or None. It never takes the last modality that a row has.
+        max_bad_samples: how many samples with an undecodable image are borne before the run stops.
+
+    Attributes:
+        bad_ids: the ids of such samples that *this process* met, in order. With loader workers each
+            has its own; `num_bad` counts over all of them.
+
+    Raises:
+        ConfigError: a modality has no processor.
+    """
+
+    def __init__(
+        self,
+        *,
+        modalities: Sequence[str],
+        processors: dict[str, Processor],
+        problem_type: str,
+        num_labels: int,
+        missing: Missing | None = None,
+        max_bad_samples: int = 100,
+    ) -> None:
+        lacking = [name for name in modalities if name not in processors]
+        if lacking:
+            raise ConfigError(f"no processor for {', '.join(lacking)}.")
+        self.modalities, self.processors = tuple(modalities), processors
+        self.problem_type, self.num_labels = problem_type, num_labels
+        self.missing, self.max_bad_samples = missing, max_bad_samples
+        self.bad_ids: list[str] = []
+        # One flag per hashed id in shared memory: loader workers set it without a lock and without
+        # counting twice. With 2**20 places, 100 ids collide with a chance of 0.5%.
+        self._flags = torch.zeros(2**20, dtype=torch.uint8).share_memory_()
+
+    @property
+    def num_bad(self) -> int:
+        """Distinct samples with an undecodable image, over this process and its loader workers."""
+        return int(self._flags.sum(dtype=torch.int64))
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        """Pack samples; an empty list gives a batch of zero rows.
+
+        Raises:
+            DataError: a label outside its classes, or too many undecodable images.
+        """
+        ids = [sample.id for sample in samples]
+        present_BM = self._present(samples)
+        inputs = {}
+        for m, name in enumerate(self.modalities):
+            values = [
+                self._decode(name, sample) if present_BM[row, m] else None
+                for row, sample in enumerate(samples)
+            ]
+            present_BM[:, m] = torch.tensor(
+                [value is not None for value in values], dtype=torch.bool
+            )
+            rows = [value for value in values if value is not None]
+            if rows:
+                inputs[name] = self.processors[name](rows)
+        return Batch.of(ids, present_BM, inputs, self._labels(samples, present_BM.any(-1)))
+
+    def _present(self, samples: list[Sample]) -> Tensor:
+        """Natural presence and the mask, before decoding: bool (B, M)."""
+        rows = [[_exists(s.payload.get(name)) for name in self.modalities] for s in samples]
+        natural_BM = torch.tensor(rows, dtype=torch.bool).reshape(
+            len(samples), len(self.modalities)
+        )
+        if self.missing is None or not samples:
+            return natural_BM
+        imposed_BM = self.missing.present([sample.id for sample in samples], self.modalities)
+        left_BM = natural_BM & imposed_BM
+        return torch.where(left_BM.any(-1, keepdim=True), left_BM, natural_BM)
+
+    def _decode(self, modality: str, sample: Sample) -> Any:
+        """The value for the processor, or None for an image that does not decode."""
+        value = sample.payload[modality]
+        if modality != IMAGE:
+            return value
+        try:
+            return decode_image(value)
+        except UndecodableImageError as error:
+            self._count_bad(sample.id, str(error))
+            return None
+
+    def _count_bad(self, sample_id: str, reason: str) -> None:
+        place = zlib.crc32(sample_id.encode()) % len(self._flags)
+        if self._flags[place]:
+            return
+        self._flags[place] = 1
+        self.bad_ids.append(sample_id)
+        logger.warning(
+            "image of sample %r does not decode (%s); taken as missing", sample_id, reason
+        )
+        if self.num_bad > self.max_bad_samples:
+            raise DataError(
+                f"{self.num_bad} samples have an image that does not decode, over the limit of "
+                f"max_bad_samples ({self.max_bad_samples}); the last one is {sample_id!r}. "
+                "Mend the data or raise the limit."
+            )
+
+    def _labels(self, samples: list[Sample], kept_B: Tensor) -> Tensor | None:
+        """Labels with IGNORED_LABEL for rows without a label or without any modality."""
+        if self.problem_type == NO_LABEL:
+            return None
+        shape = (
+            (len(samples), self.num_labels) if self.problem_type == MULTI_LABEL else len(samples)
+        )
+        dtype = torch.int64 if self.problem_type == SINGLE_LABEL else torch.float32
+        labels = torch.full(
+            shape if isinstance(shape, tuple) else (shape,), IGNORED_LABEL, dtype=dtype
+        )
+        for row, sample in enumerate(samples):
+            check_label(
+                sample.label,
+                problem_type=self.problem_type,
+                num_labels=self.num_labels,
+                sample_id=sample.id,
+            )
+            if sample.label is not None and kept_B[row]:
+                labels[row] = torch.as_tensor(sample.label, dtype=dtype)
+        return labels
+
+
+def _exists(value: Any) -> bool:
+    """Whether a payload value is there at all: not None, not empty, not blank text."""
+    if value is None:
+        return False
+    if isinstance(value, str):
+        return bool(value.strip())
+    return len(value) > 0 if hasattr(value, "__len__") else True

@@ -1,0 +1,137 @@
+"""The contract of a data set: streams of raw rows, and one function from a row to a `Sample`.
+
+An adapter never decodes and never batches. It names its splits, modalities and classes, streams
+rows in a fixed order through `datasets`, and turns a row into a `Sample`; labels are checked here.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from mm_moe.batch import IGNORED_LABEL, Sample
+from mm_moe.errors import ConfigError, DataError
+from mm_moe.registry import nearest
+
+SINGLE_LABEL = "single_label_classification"
+MULTI_LABEL = "multi_label_classification"
+REGRESSION = "regression"
+NO_LABEL = "none"
+PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION, NO_LABEL)
+
+
+class DataSource(ABC):
+    """One data set, built as `SourceClass(data_dir, **options)`; picklable for loader workers.
+
+    Attributes:
+        name: key of its masks and splits; never changes once results exist.
+        modalities: what a payload can hold, in order.
+        label_names: class names; empty without classes.
+        problem_type: one of `PROBLEM_TYPES`.
+        license: who may do what with the data, for the model card.
+    """
+
+    name: str
+    modalities: tuple[str, ...]
+    label_names: tuple[str, ...]
+    problem_type: str
+    license: str
+
+    def __init__(self, data_dir: str | None = None) -> None:
+        self.data_dir = None if data_dir is None else Path(data_dir).expanduser()
+
+    @abstractmethod
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that exist, for example ("train", "validation", "test")."""
+
+    @abstractmethod
+    def stream(self, split: str) -> datasets.IterableDataset:
+        """Raw rows of a split in a fixed order, nothing decoded.
+
+        Raises:
+            DataError: the split does not exist; the message lists those that do.
+        """
+
+    @abstractmethod
+    def to_sample(self, row: dict[str, Any]) -> Sample:
+        """One row as a sample; a modality that the row lacks is absent from the payload.
+
+        Raises:
+            DataError: the label does not belong to the classes; the message names the sample.
+        """
+
+    @abstractmethod
+    def size(self, split: str) -> int | None:
+        """The exact number of rows of a split, or None where only a full pass would tell."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A sha256 of the content, or of the source and its revision, for the run's record."""
+
+    def check_split(self, split: str) -> str:
+        """Return `split` if it exists.
+
+        Raises:
+            DataError: it does not; the message lists the splits that do.
+        """
+        known = self.splits()
+        if split not in known:
+            raise DataError(
+                f"data set {self.name!r} has no split {split!r}; it has: {', '.join(known)}."
+            )
+        return split
+
+
+def label_index(value: str, label_names: tuple[str, ...], *, sample_id: str) -> int:
+    """Index of the class named `value`.
+
+    Raises:
+        DataError: no class has this name; the message names the sample and the nearest classes.
+    """
+    try:
+        return label_names.index(value)
+    except ValueError:
+        raise DataError(
+            f"sample {sample_id!r} has the label {value!r}, which is none of the "
+            f"{len(label_names)} classes; {nearest(value, list(label_names))}"
+        ) from None
+
+
+def check_label(label: Any, *, problem_type: str, num_labels: int, sample_id: str) -> None:
+    """Check one label against its problem type; None (no label known) always passes.
+
+    Raises:
+        DataError: the label is of the wrong kind, outside the classes, or not finite.
+    """
+    if label is None or problem_type == NO_LABEL:
+        return
+    where = f"label of sample {sample_id!r}"
+    if problem_type == SINGLE_LABEL:
+        if isinstance(label, bool) or not isinstance(label, int):
+            raise DataError(f"the {where} must be a class index, not {type(label).__name__}.")
+        if not 0 <= label < num_labels:
+            raise DataError(
+                f"the {where} is {label}, outside the {num_labels} classes 0 to {num_labels - 1}; "
+                "correct the row or list all classes."
+            )
+    elif problem_type == MULTI_LABEL:
+        if len(label) != num_labels or any(value not in (0, 1) for value in label):
+            raise DataError(f"the {where} must be a list of {num_labels} zeros and ones.")
+    elif problem_type == REGRESSION:
+        if not math.isfinite(label):
+            raise DataError(f"the {where} is {label}; leave it empty where it is not known.")
+        if label == IGNORED_LABEL:
+            raise DataError(
+                f"the {where} is {IGNORED_LABEL}, which marks rows without a label; rescale it."
+            )
+    else:
+        raise ConfigError(f"unknown problem type {problem_type!r}; {nearest_type(problem_type)}")
+
+
+def nearest_type(problem_type: str) -> str:
+    """The known problem types closest to a misspelt one."""
+    return nearest(problem_type, list(PROBLEM_TYPES))
