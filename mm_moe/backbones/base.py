@@ -11,6 +11,7 @@ H attention heads.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -23,6 +24,23 @@ from mm_moe.moe.layer import MoELayer, RoutingRecord
 from mm_moe.registry import nearest
 
 Payload = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ProcessorNeeds:
+    """What a backbone takes in, for the processors of its modalities; 0 where it has no such input.
+
+    Attributes:
+        image_size: side of the square image in pixels.
+        max_text_tokens: longest text, marks of start and end included.
+        vocab_size: token ids must be smaller.
+        source: folder with the tokenizer that comes with the backbone.
+    """
+
+    image_size: int = 0
+    max_text_tokens: int = 0
+    vocab_size: int = 0
+    source: str | None = None
 
 
 class Edit(Protocol):
@@ -140,9 +158,9 @@ class Backbone(nn.Module):
         return backbone
 
     @classmethod
-    def processor_source(cls) -> str | None:
-        """Folder of the tokenizer and image settings that come with the class, if any."""
-        return None
+    def processor_needs(cls, settings: dict[str, Any]) -> ProcessorNeeds:
+        """What raw images and texts must be turned into for a backbone of these settings."""
+        return ProcessorNeeds()
 
     @property
     def out_width(self) -> int:

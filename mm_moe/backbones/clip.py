@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModel
-from transformers.models.clip.modeling_clip import CLIPAttention
 
-from mm_moe.backbones.base import Backbone, Payload, Tower, run_feed_forward
+from mm_moe.backbones.base import Backbone, Payload, ProcessorNeeds, Tower, run_feed_forward
 from mm_moe.batch import IMAGE, TEXT
 from mm_moe.errors import CheckpointError, ConfigError
 from mm_moe.moe.layer import RoutingRecord
@@ -22,13 +21,13 @@ LEGACY_EOS = 2  # configs from before the id was stored right: the largest id of
 
 
 def attend_with_extra(
-    attention: CLIPAttention,
+    attention: Any,
     x_NLD: Tensor,
     keys_values: tuple[Tensor, Tensor],
     *,
     causal: bool,
 ) -> Tensor:
-    """Self-attention in which every token also sees P given keys and values (not projected)."""
+    """CLIPAttention in which every token also sees P given keys and values (not projected)."""
     num_rows, length, width = x_NLD.shape
     key_NPD, value_NPD = keys_values
 
@@ -107,7 +106,7 @@ class ClipImageTower(ClipTower):
         self.position_embedding = encoder.embeddings.position_embedding
         self.norm_in = encoder.pre_layrnorm
         self.norm_out = encoder.post_layernorm
-        self.image_size: int = encoder.embeddings.image_size
+        self.image_size: int = encoder.embeddings.image_size  # type: ignore[assignment]
 
     def embed(self, payload: Payload) -> tuple[Tensor, None]:
         """Class token and patches, with positions, normalised."""
@@ -115,8 +114,8 @@ class ClipImageTower(ClipTower):
         height, width = pixels_NCHW.shape[-2:]
         if (height, width) != (self.image_size, self.image_size):
             raise ConfigError(
-                f"the image tower takes {self.image_size} x {self.image_size} pixels, the batch has "
-                f"{height} x {width}; use this model's own processor."
+                f"the image tower takes {self.image_size} x {self.image_size} pixels, the batch "
+                f"has {height} x {width}; use this model's own processor."
             )
         patches = self.patch_embedding(pixels_NCHW.to(self.patch_embedding.weight.dtype))
         patches_NLD = patches.flatten(2).transpose(1, 2)
@@ -144,7 +143,7 @@ class ClipTextTower(ClipTower):
         self.token_embedding = encoder.embeddings.token_embedding
         self.position_embedding = encoder.embeddings.position_embedding
         self.norm_out = encoder.final_layer_norm
-        self.eos_token_id: int = encoder.config.eos_token_id
+        self.eos_token_id: int = encoder.config.eos_token_id  # type: ignore[assignment]
 
     def embed(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Token plus position embeddings; the mask is the tokenizer's."""
@@ -211,6 +210,11 @@ class ClipBackbone(Backbone):
         )
 
     @classmethod
+    def processor_needs(cls, settings: dict[str, Any]) -> ProcessorNeeds:
+        """Sizes from the config; a tokenizer must come with the weights."""
+        return needs_of(clip_config(settings))
+
+    @classmethod
     def load(
         cls, pretrained: str, *, settings: dict[str, Any], modalities: tuple[str, ...]
     ) -> ClipBackbone:
@@ -235,6 +239,18 @@ class ClipBackbone(Backbone):
                     "backbone_config empty when loading pretrained weights."
                 )
         return cls(own, modalities=modalities, clip=clip)
+
+
+def needs_of(config: CLIPConfig, source: str | None = None) -> ProcessorNeeds:
+    """What a CLIP of this config takes in; `source` holds a tokenizer that comes with it."""
+    vision: Any = config.vision_config
+    text: Any = config.text_config
+    return ProcessorNeeds(
+        image_size=vision.image_size,
+        max_text_tokens=text.max_position_embeddings,
+        vocab_size=text.vocab_size,
+        source=source,
+    )
 
 
 def json_fields(config: CLIPConfig) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from transformers import CLIPConfig, CLIPModel
 
-from mm_moe.backbones.base import check_options
-from mm_moe.backbones.clip import ClipBackbone
+from mm_moe.backbones.base import ProcessorNeeds, check_options
+from mm_moe.backbones.clip import ClipBackbone, needs_of
 from mm_moe.backbones.weights import load_weights
 from mm_moe.batch import IMAGE, TEXT
 from mm_moe.errors import CheckpointError, ConfigError
+
+SMALL_CLIP_FOLDER = Path(__file__).parent / "small_clip"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,13 @@ class SmallClipSettings:
         )
 
 
+def small_settings(settings: dict[str, int]) -> SmallClipSettings:
+    """Settings from a dict of the fields that differ from the defaults; ConfigError if unknown."""
+    known = [field.name for field in dataclasses.fields(SmallClipSettings)]
+    check_options("small_clip", settings, known)
+    return SmallClipSettings(**settings)
+
+
 class SmallClipBackbone(ClipBackbone):
     """The small CLIP and its own tokenizer.
 
@@ -95,16 +104,14 @@ class SmallClipBackbone(ClipBackbone):
     def __init__(
         self, settings: dict[str, int], *, modalities: tuple[str, ...] = (IMAGE, TEXT)
     ) -> None:
-        known = [field.name for field in dataclasses.fields(SmallClipSettings)]
-        check_options("small_clip", settings, known)
-        small = SmallClipSettings(**settings)
+        small = small_settings(settings)
         super().__init__(settings, modalities=modalities, clip=CLIPModel(small.clip_config()))
         self.settings = dataclasses.asdict(small)
 
     @classmethod
-    def processor_source(cls) -> str:
-        """The tokenizer's folder inside the package."""
-        return str(Path(__file__).parent / "small_clip")
+    def processor_needs(cls, settings: dict[str, int]) -> ProcessorNeeds:
+        """Sizes from the settings, and the tokenizer that comes with the package."""
+        return needs_of(small_settings(settings).clip_config(), source=str(SMALL_CLIP_FOLDER))
 
     @classmethod
     def load(
@@ -118,7 +125,7 @@ class SmallClipBackbone(ClipBackbone):
         backbone = cls(settings, modalities=modalities)
         path = Path(pretrained)
         if pretrained == "builtin":
-            path = Path(cls.processor_source()) / "model.safetensors"
+            path = SMALL_CLIP_FOLDER / "model.safetensors"
             if not path.is_file():
                 raise CheckpointError(
                     "this installation has no built-in small_clip weights; train from scratch "

@@ -1,18 +1,18 @@
-"""The small CLIP's tokenizer: special ids as the text tower expects them, nothing out of vocabulary."""
+"""The small CLIP's tokenizer: ids as the text tower expects, no text out of vocabulary."""
 
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from mm_moe.backbones.clip_small import SmallClipBackbone, SmallClipSettings
+from mm_moe.backbones.clip_small import SMALL_CLIP_FOLDER, SmallClipSettings
 from mm_moe.errors import DataError
 from pretrain.recipes.make_tokenizer import captions, train
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(SmallClipBackbone.processor_source())
+    return AutoTokenizer.from_pretrained(SMALL_CLIP_FOLDER)
 
 
 def test_special_ids_are_those_of_the_text_tower(tokenizer):

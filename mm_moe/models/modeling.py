@@ -1,0 +1,310 @@
+"""The model: backbone + prompts + sparse feed-forwards + head, as a `PreTrainedModel`.
+
+Axes: B samples, M modalities, N packed rows of one modality, D width of a feature, C classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from mm_moe.backbones.base import Backbone, Payload, Tower, check_options
+from mm_moe.errors import CheckpointError, ConfigError, DataError
+from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.moe.layer import MoELayer, RoutingRecord, moe_layers
+from mm_moe.moe.settings import MoESettings
+from mm_moe.moe.upcycle import upcycle
+from mm_moe.registry import BACKBONES, PROMPTS
+from prompts.base import Prompt
+
+HEAD_STD = 0.02
+LOGIT_SCALE = 2.6592  # log(1 / 0.07), CLIP's
+OPTIONAL_ON_LOAD = ("head.", "prompt.", "logit_scale")  # may be new when a checkpoint is taken over
+
+
+@dataclass
+class MultimodalMoEOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Attributes:
+        logits: (B, C), None without a head.
+        features: modality -> (B, D), zero rows where the modality is absent.
+        losses: terms to add to the objective, coefficients applied: those of the routers averaged
+            over the sparse layers, and those of the prompt.
+        routing: "<modality>.<block>" -> record of each sparse layer.
+    """
+
+    logits: Tensor | None = None
+    features: dict[str, Tensor] = None  # type: ignore[assignment]  # the library wants defaults
+    losses: dict[str, Tensor] = None  # type: ignore[assignment]
+    routing: dict[str, RoutingRecord] = None  # type: ignore[assignment]
+
+
+class MultimodalMoEModel(PreTrainedModel):
+    """A sparse multimodal model for any pattern of present modalities.
+
+    Every tower runs only on the rows that have its modality. In a batch without any, it runs one
+    blank row whose feature enters with weight 0: the same graph on every process.
+
+    Args:
+        config: what the model is made of.
+        backbone: a dense backbone to build on, such as a pretrained one; a new random one if None.
+            Sparse layers start as copies of its feed-forwards.
+    """
+
+    config_class = MultimodalMoEConfig
+    main_input_name = "present"
+    _supports_sdpa = True
+
+    backbone: Backbone
+    prompt: Prompt
+
+    def __init__(self, config: MultimodalMoEConfig, *, backbone: Backbone | None = None) -> None:
+        super().__init__(config)
+        modalities = tuple(config.modalities)
+        if backbone is None:
+            backbone_class = BACKBONES.resolve(config.backbone)
+            backbone = backbone_class(config.backbone_config, modalities=modalities)
+        self.modalities = modalities
+        self.backbone = backbone
+        self._make_sparse()
+        self.prompt = self._new_prompt()
+        width = backbone.out_width * len(modalities)
+        self.head = nn.Linear(width, config.num_labels) if config.num_labels else None
+        self.logit_scale: nn.Parameter | None = None
+        if self.head is None:
+            self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
+        self._finish()
+
+    def _make_sparse(self) -> None:
+        """Turn the chosen blocks' dense feed-forwards into sparse layers."""
+        for name, tower in self._towers():
+            places = tower.feed_forwards()
+            for block in self.config.sparse_blocks(name, tower.num_blocks):
+                parent, attribute = places[block]
+                dense = getattr(parent, attribute)
+                if isinstance(dense, MoELayer):
+                    continue  # a backbone that was taken over with its experts
+                on_meta = next(dense.parameters()).is_meta
+                sparse = upcycle(
+                    dense,
+                    settings=MoESettings.from_dict(self.config.moe),
+                    noise=0.0 if on_meta else self.config.upcycle_noise,
+                )
+                setattr(parent, attribute, sparse)
+
+    def _new_prompt(self) -> Prompt:
+        prompt_class = PROMPTS.resolve(self.config.prompt)
+        options = dict(self.config.prompt_config)
+        parameters = inspect.signature(prompt_class).parameters.values()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            own = {"widths", "num_blocks", "modalities"}
+            known = [p.name for p in parameters if p.name not in own]
+            check_options(self.config.prompt, options, known)
+        return prompt_class(
+            widths={name: tower.width for name, tower in self._towers()},
+            num_blocks={name: tower.num_blocks for name, tower in self._towers()},
+            modalities=self.modalities,
+            **options,
+        )
+
+    def _finish(self) -> None:
+        """Let the library do its book-keeping, but not draw the weights again."""
+        if self.head is not None and not self.head.weight.is_meta:
+            nn.init.normal_(self.head.weight, std=HEAD_STD)
+            nn.init.zeros_(self.head.bias)
+        if not next(self.parameters()).is_meta:
+            for module in self.modules():
+                module._is_hf_initialized = True  # type: ignore[assignment]
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw weights that a checkpoint did not hold: of the head, the logit scale, the prompt.
+
+        The library calls this for every module while it skips, inside `torch.nn.init`, the
+        parameters that were loaded.
+        """
+        if module is self.head:
+            nn.init.normal_(self.head.weight, std=HEAD_STD)
+            nn.init.zeros_(self.head.bias)
+        elif module is self and self.logit_scale is not None:
+            nn.init.constant_(self.logit_scale, LOGIT_SCALE)
+        elif any(module is part for part in self.prompt.modules()):
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in the library, but weights that are missing or do not fit are an error.
+
+        A new head, logit scale or prompt is fine: that is how a checkpoint is taken over.
+
+        Raises:
+            CheckpointError: the checkpoint lacks weights of the backbone.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        lost = sorted(k for k in info["missing_keys"] if not k.startswith(OPTIONAL_ON_LOAD))
+        if lost:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(lost)} tensors of the model, the first is {lost[0]!r}; "
+                "load it with its own config.json."
+            )
+        return (model, info) if wants_info else model
+
+    def _towers(self) -> list[tuple[str, Tower]]:
+        return [(name, self.backbone.towers[name]) for name in self.modalities]  # type: ignore[misc]
+
+    def forward(
+        self,
+        present: Tensor,
+        inputs: Mapping[str, Payload],
+        labels: Tensor | None = None,
+        ids: list[str] | None = None,
+    ) -> MultimodalMoEOutput:
+        """Encode what is present.
+
+        Args:
+            present: bool (B, M).
+            inputs: modality -> its packed payload, one row per present sample, in order.
+            labels: not used here (an objective reads them); accepted so that a batch is a call.
+            ids: likewise.
+
+        Raises:
+            DataError: a payload whose rows are not the samples that have the modality.
+        """
+        rows = self._packed_rows(present, inputs)
+        edits = self._start_prompt(present, rows)
+        features: dict[str, Tensor] = {}
+        routing: dict[str, RoutingRecord] = {}
+        for name in self.modalities:
+            rows_N = rows[name]
+            payload = inputs[name] if len(rows_N) else None
+            feature_ND, records = self.backbone.encode(name, payload, edits.get(name))
+            zeros_BD = feature_ND.new_zeros(len(present), feature_ND.shape[-1])
+            if payload is None:
+                features[name] = zeros_BD + 0 * feature_ND.sum()
+            else:
+                features[name] = zeros_BD.index_copy(0, rows_N, feature_ND)
+            routing.update(records)
+        return MultimodalMoEOutput(
+            logits=self._logits(features),
+            features=features,
+            losses=self._losses(routing),
+            routing=routing,
+        )
+
+    def _packed_rows(self, present_BM: Tensor, inputs: Mapping[str, Payload]) -> dict[str, Tensor]:
+        """Positions (N,) in the batch of each modality's packed rows."""
+        if present_BM.ndim != 2 or present_BM.shape[1] != len(self.modalities):
+            raise DataError(
+                f"present has shape {tuple(present_BM.shape)}, not (B, {len(self.modalities)}) for "
+                f"the modalities {', '.join(self.modalities)}."
+            )
+        rows = {}
+        for m, name in enumerate(self.modalities):
+            rows[name] = present_BM[:, m].nonzero().squeeze(1)
+            payload = inputs.get(name) or {}
+            given = len(next(iter(payload.values()))) if payload else 0
+            if given != len(rows[name]):
+                raise DataError(
+                    f"the batch holds {given} rows of {name!r}, but {len(rows[name])} of its "
+                    f"{len(present_BM)} samples are marked as having it."
+                )
+        return rows
+
+    def _start_prompt(self, present_BM: Tensor, rows: dict[str, Tensor]) -> dict[str, Any]:
+        """The prompt's edits; a modality without rows gets those of an extra, complete sample."""
+        complete_1M = present_BM.new_ones(1, present_BM.shape[1])
+        extra_1 = torch.full((1,), len(present_BM), device=present_BM.device)
+        return self.prompt.start(
+            torch.cat([present_BM, complete_1M]),
+            {name: rows_N if len(rows_N) else extra_1 for name, rows_N in rows.items()},
+        )
+
+    def _logits(self, features: dict[str, Tensor]) -> Tensor | None:
+        if self.head is None:
+            return None
+        parts = [features[name] for name in self.modalities]
+        if self.config.feature_norm:  # a zero row stays zero
+            parts = [F.layer_norm(part_BD, part_BD.shape[-1:]) for part_BD in parts]
+        return self.head(torch.cat(parts, dim=-1))
+
+    def _losses(self, routing: dict[str, RoutingRecord]) -> dict[str, Tensor]:
+        """Mean over the sparse layers, so that a coefficient means the same at any depth."""
+        losses: dict[str, Tensor] = {}
+        for record in routing.values():
+            for name, loss in record.losses.items():
+                losses[name] = losses.get(name, 0.0) + loss / len(routing)
+        return losses | self.prompt.losses()
+
+    def freeze(self, lock: Iterable[str] = ("image", "text"), *, experts: bool = False) -> None:
+        """Stop the training of towers' dense weights.
+
+        Routers, prompts and the head are never frozen.
+
+        Args:
+            lock: modalities whose towers are frozen.
+            experts: freeze the experts in these towers too.
+
+        Raises:
+            ConfigError: a modality that the model does not have.
+        """
+        for name in lock:
+            if name not in self.modalities:
+                raise ConfigError(
+                    f"cannot lock {name!r}; the model has {', '.join(self.modalities)}."
+                )
+            tower = self.backbone.towers[name]
+            sparse = moe_layers(tower).values()
+            kept = {id(p) for layer in sparse for p in layer.parameters()}
+            if experts:
+                kept -= {id(p) for layer in sparse for p in layer.experts.parameters()}
+            for parameter in tower.parameters():
+                if id(parameter) not in kept:
+                    parameter.requires_grad_(False)
+
+    def trainable_report(self) -> list[tuple[str, int]]:
+        """(group, number of trainable values) for each group of parameters, 0 where frozen."""
+        groups: dict[str, int] = {}
+        seen: dict[int, str] = {}
+        for name, tower in self._towers():
+            for layer in moe_layers(tower).values():
+                seen |= {id(p): f"{name} routers" for p in layer.parameters()}
+                seen |= {id(p): f"{name} experts" for p in layer.experts.parameters()}
+        for path, parameter in self.named_parameters():
+            group = seen.get(id(parameter)) or _group(path)
+            groups.setdefault(group, 0)
+            groups[group] += parameter.numel() * parameter.requires_grad
+        return list(groups.items())
+
+    @torch.no_grad()
+    def initialise_prompt(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Start the prompt from the task's data: the tokens that enter each tower's first block.
+
+        Args:
+            batches: a few training batches, the same on every process.
+        """
+        tokens: dict[str, list[Tensor]] = {name: [] for name in self.modalities}
+        for batch in batches:
+            for name, payload in batch["inputs"].items():
+                x_NLD, mask_NL = self.backbone.towers[name].embed(payload)  # type: ignore[operator]
+                tokens[name].append(x_NLD.flatten(0, 1) if mask_NL is None else x_NLD[mask_NL])
+        self.prompt.initialise({name: torch.cat(x) for name, x in tokens.items() if x})
+
+
+def _group(path: str) -> str:
+    """Group of a parameter outside the sparse layers: "image tower", "prompt", "head", ..."""
+    first, *rest = path.split(".")
+    return f"{rest[1]} tower" if first == "backbone" else first

@@ -1,0 +1,165 @@
+"""From raw images and texts to a backbone's input tensors, in the library's own file formats.
+
+Axes: N rows, L tokens, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPProcessor,
+    PreTrainedTokenizerBase,
+)
+
+from mm_moe.backbones.base import ProcessorNeeds
+from mm_moe.batch import IMAGE, TEXT
+from mm_moe.errors import ConfigError
+from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.registry import BACKBONES
+
+Processor = Callable[[list[Any]], dict[str, Tensor]]
+
+
+class ImageProcessor:
+    """List of PIL images -> {"pixel_values": float32 (N, 3, H, W)}.
+
+    The numbers are those of the library's processor. Images that already have the final size, which
+    a small run meets in every step, skip its general path (about ten times faster).
+
+    Args:
+        library: the processor that holds the settings and does the general case.
+    """
+
+    def __init__(self, library: CLIPImageProcessor) -> None:
+        self.library = library
+        crop, size = library.crop_size, library.size
+        self.height, self.width = crop["height"], crop["width"]
+        plain = library.do_rescale and library.do_normalize and library.do_center_crop
+        kept = not library.do_resize or size.get("shortest_edge") == self.height
+        self.has_fast_path = plain and kept and self.height == self.width
+        mean_C, std_C = torch.tensor(library.image_mean), torch.tensor(library.image_std)
+        self.scale_C11 = (library.rescale_factor / std_C).view(3, 1, 1)
+        self.shift_C11 = (-mean_C / std_C).view(3, 1, 1)
+
+    def __call__(self, images: list[Image]) -> dict[str, Tensor]:
+        """Resize, crop, scale and normalise."""
+        final = all(image.size == (self.width, self.height) for image in images)
+        if not (self.has_fast_path and final):
+            batch = self.library(images=images, return_tensors="pt")
+            return {"pixel_values": batch["pixel_values"]}
+        pixels_NHWC = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        pixels_NCHW = torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2).float().contiguous()
+        return {"pixel_values": pixels_NCHW.mul_(self.scale_C11).add_(self.shift_C11)}
+
+
+class TextProcessor:
+    """List of str -> {"input_ids", "attention_mask": int64 (N, L)}, padded to the longest row.
+
+    Args:
+        tokenizer: the library's tokenizer.
+        max_tokens: longer texts are cut, keeping their end mark.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+
+    def __call__(self, texts: list[str]) -> dict[str, Tensor]:
+        """Tokenize."""
+        rows = self.tokenizer(
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self.max_tokens,
+            padding_side="right",  # the text tower's causal order hides only what stands behind
+            return_tensors="pt",
+            return_attention_mask=True,
+        )
+        return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
+
+
+def processors_for(
+    config: MultimodalMoEConfig, *, source: str | None = None
+) -> dict[str, Processor]:
+    """One processor per modality of a model.
+
+    Files are looked for in `source`, then where the config was loaded from, then with the
+    backbone. Without image settings there, images are resized to the model's size and normalised
+    with CLIP's constants.
+
+    Args:
+        config: of the model.
+        source: a folder or Hub name with processor files, such as that of the pretrained weights.
+
+    Raises:
+        ConfigError: no tokenizer is found, or one with more tokens than the model has room for.
+    """
+    needs = BACKBONES.resolve(config.backbone).processor_needs(config.backbone_config)
+    places = [place for place in (source, config.name_or_path, needs.source) if place]
+    makers: dict[str, Callable[[list[str], ProcessorNeeds], Processor]] = {
+        IMAGE: _image_processor,
+        TEXT: _text_processor,
+    }
+    return {name: makers[name](places, needs) for name in config.modalities}
+
+
+def save_processors(processors: dict[str, Processor], folder: Path) -> None:
+    """Write the library's own files, so that AutoProcessor or `processors_for` reads them back."""
+    image, text = processors.get(IMAGE), processors.get(TEXT)
+    if isinstance(image, ImageProcessor) and isinstance(text, TextProcessor):
+        CLIPProcessor(image.library, text.tokenizer).save_pretrained(folder)
+    elif isinstance(image, ImageProcessor):
+        image.library.save_pretrained(folder)
+    elif isinstance(text, TextProcessor):
+        text.tokenizer.save_pretrained(folder)
+
+
+def _has(place: str, *files: str) -> bool:
+    """Whether a place may hold one of the files: a folder is looked into, a Hub name is trusted."""
+    folder = Path(place)
+    if folder.is_dir():
+        return any((folder / name).is_file() for name in files)
+    return not folder.exists() and place != "builtin"
+
+
+def _image_processor(places: list[str], needs: ProcessorNeeds) -> ImageProcessor:
+    for place in places:
+        if _has(place, "preprocessor_config.json", "processor_config.json"):
+            try:
+                return ImageProcessor(AutoImageProcessor.from_pretrained(place))
+            except (OSError, ValueError):
+                continue  # a Hub name without image settings
+    side = needs.image_size
+    library = CLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    return ImageProcessor(library)
+
+
+def _text_processor(places: list[str], needs: ProcessorNeeds) -> TextProcessor:
+    for place in places:
+        if _has(place, "tokenizer_config.json", "tokenizer.json", "vocab.json"):
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(place)
+            except (OSError, ValueError):
+                continue  # a Hub name without a tokenizer
+            if len(tokenizer) > needs.vocab_size:
+                raise ConfigError(
+                    f"the tokenizer of {place!r} has {len(tokenizer)} tokens, the text tower room "
+                    f"for {needs.vocab_size}; give the tokenizer that the model was made with."
+                )
+            return TextProcessor(tokenizer, max_tokens=needs.max_text_tokens)
+    looked = ", ".join(map(repr, places)) or "nowhere, as no place was given"
+    raise ConfigError(
+        f"no tokenizer found (looked in: {looked}); give a folder or Hub name that has one."
+    )

@@ -1,0 +1,128 @@
+"""What a prompt is: learned edits to the towers of a backbone, chosen by what each row lacks.
+
+A prompt sees presence, never payloads. In each forward pass it hands one edit object to every
+tower; all state of the pass lives in these objects.
+
+Axes: B samples, M modalities, N packed rows of one modality, L tokens, D a tower's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mm_moe.batch import pattern_index
+from mm_moe.errors import ConfigError
+
+MAX_MODALITIES = 8  # tables hold a row per pattern: 2 ** (M - 1) each
+
+
+class Edit:
+    """One tower's edits in one forward pass; this one changes nothing.
+
+    Attributes:
+        prefix: number of extra tokens that stand before the tower's own at this moment.
+    """
+
+    prefix: int = 0
+
+    def before(
+        self, layer: int, x_NLD: Tensor, mask_NL: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens and mask that enter block `layer`."""
+        return x_NLD, mask_NL
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values (N, P, D) that every token of block `layer` also attends to, or None."""
+        return None
+
+    def after(self, layer: int, x_NLD: Tensor, mask_NL: Tensor | None) -> Tensor:
+        """Tokens that leave block `layer`."""
+        return x_NLD
+
+
+class Prompt(nn.Module):
+    """Base of all prompts, for any number of modalities and any missing pattern.
+
+    Args:
+        widths: modality -> D of its tower.
+        num_blocks: modality -> number of blocks of its tower.
+        modalities: the model's modalities in their fixed order.
+    """
+
+    def __init__(
+        self,
+        *,
+        widths: Mapping[str, int],
+        num_blocks: Mapping[str, int],
+        modalities: tuple[str, ...],
+    ) -> None:
+        super().__init__()
+        self.widths = dict(widths)
+        self.num_blocks = dict(num_blocks)
+        self.modalities = tuple(modalities)
+
+    def start(self, present_BM: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Edit]:
+        """Begin a forward pass.
+
+        Args:
+            present_BM: bool (B, M), which modalities each sample has.
+            rows: modality -> (N,) positions of its packed rows in the batch, N >= 1.
+
+        Returns:
+            One edit per modality of `rows`. Modalities left out are not edited.
+        """
+        raise NotImplementedError
+
+    def losses(self) -> dict[str, Tensor]:
+        """Terms to add to the training loss, coefficients applied."""
+        return {}
+
+    def initialise(self, tokens: Mapping[str, Tensor]) -> None:
+        """Start the prompt from the task's own data.
+
+        Args:
+            tokens: modality -> (T, D), tokens that enter the tower's first block, of a sample of
+                the training rows. The same on every process.
+        """
+
+    def pattern_rows(self, modality: str, present_BM: Tensor, rows_N: Tensor) -> Tensor:
+        """Row (N,) of each packed sample in a modality's table of 2 ** (M - 1) patterns.
+
+        The patterns of the other modalities, in binary: this modality is there, or the sample would
+        have no packed row. With two modalities: 1 complete, 0 the other one is missing.
+        """
+        m = self.modalities.index(modality)
+        others = [i for i in range(len(self.modalities)) if i != m]
+        return pattern_index(present_BM[rows_N][:, others])
+
+    @property
+    def num_patterns(self) -> int:
+        """Rows of a modality's table: patterns in which the modality is present.
+
+        Raises:
+            ConfigError: more modalities than a table is made for.
+        """
+        if len(self.modalities) > MAX_MODALITIES:
+            raise ConfigError(
+                "this prompt keeps a table row per missing pattern and takes at most "
+                f"{MAX_MODALITIES} modalities, not {len(self.modalities)}; use prompt 'none'."
+            )
+        return 2 ** (len(self.modalities) - 1)
+
+
+class NoPrompt(Prompt):
+    """No parameters and no edits: the plain backbone, exactly."""
+
+    def start(self, present_BM: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Edit]:
+        """No edits."""
+        return {}
+
+
+def extend_mask(mask_NL: Tensor | None, extra: int) -> Tensor | None:
+    """The mask with `extra` prefix tokens: real in real rows, not in the blank row."""
+    if mask_NL is None or extra == 0:
+        return mask_NL
+    return torch.cat([mask_NL[:, :1].expand(-1, extra), mask_NL], dim=1)

@@ -1,0 +1,241 @@
+"""Every registered prompt: any number of modalities, any pattern, nothing dead, nothing shared."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from mm_moe.backbones.base import Backbone, Tower
+from mm_moe.moe.layer import MoELayer
+from mm_moe.moe.settings import MoESettings
+from mm_moe.registry import PROMPTS
+
+torch.set_num_threads(1)
+WIDTHS = {"a": 8, "b": 12, "c": 16}
+BLOCKS = {"a": 4, "b": 4, "c": 5}
+VARIANTS = {
+    "missing_aware": [{"mode": "attention"}, {"layers": 1, "length": 2}],
+    "replay": [
+        {"aggregation": "attention"},
+        {"aggregation": "mean", "gated": False},
+        {"private": False, "shared": False},
+        {"replay": False},
+        {"bypass": False, "pooled": False, "replay_tokens": False, "aggregation": "last"},
+        {"shared": False, "cache_layers": 1, "replay_layers": [3]},
+    ],
+}
+CASES = [(name, options) for name in PROMPTS for options in ({}, *VARIANTS.get(name, []))]
+
+
+class TinyTower(Tower):
+    """Tokens (N, L, D) in; each block is single-head attention and a tanh."""
+
+    def __init__(self, width: int, num_blocks: int, *, causal: bool) -> None:
+        super().__init__()
+        self.width, self.num_blocks, self.out_width, self.causal = width, num_blocks, 6, causal
+        self.mix = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(num_blocks))
+        self.out = nn.Linear(width, 6)
+
+    def embed(self, payload):
+        return payload["x"], payload["mask"]
+
+    def block(self, index, x_NLD, mask_NL=None, keys_values=None):
+        query, key, value = self.mix[index](x_NLD).chunk(3, dim=-1)
+        if keys_values is not None:
+            key, value = (
+                torch.cat([extra, own], 1)
+                for extra, own in zip(keys_values, (key, value), strict=True)
+            )
+        score = query @ key.transpose(1, 2) / self.width**0.5
+        if mask_NL is not None:
+            extra = key.shape[1] - x_NLD.shape[1]
+            keep = torch.cat([mask_NL.new_ones(len(x_NLD), extra), mask_NL], 1)
+            score = score.masked_fill(~keep[:, None], -1e4)
+        return x_NLD + torch.tanh(score.softmax(-1) @ value), None
+
+    def pool(self, x_NLD, payload, prefix):
+        return self.out(x_NLD[:, prefix])
+
+    def blank(self):
+        return {
+            "x": torch.zeros(1, 2, self.width),
+            "mask": torch.ones(1, 2, dtype=torch.bool),
+        }
+
+    def feed_forwards(self):
+        return []
+
+
+class TinyBackbone(Backbone):
+    supported = ("a", "b", "c")
+
+    def __init__(self, modalities):
+        super().__init__({}, modalities=modalities)
+        self.set_towers({m: TinyTower(WIDTHS[m], BLOCKS[m], causal=False) for m in self.supported})
+
+
+def all_patterns(num_modalities: int) -> torch.Tensor:
+    """Every non-empty pattern twice: bool (2 * (2 ** M - 1), M)."""
+    rows = [p for p in itertools.product([True, False], repeat=num_modalities) if any(p)]
+    return torch.tensor(rows + rows)
+
+
+def payloads(present_BM, modalities):
+    generator = torch.Generator().manual_seed(0)
+    result = {}
+    for m, name in enumerate(modalities):
+        x_BLD = torch.randn(len(present_BM), 5, WIDTHS[name], generator=generator)
+        mask_BL = torch.arange(5) < torch.randint(2, 6, (len(x_BLD), 1), generator=generator)
+        keep = present_BM[:, m]
+        result[name] = {"x": x_BLD[keep], "mask": mask_BL[keep]}
+    return result
+
+
+def make(name, options, modalities):
+    torch.manual_seed(0)
+    backbone = TinyBackbone(modalities).requires_grad_(False)
+    prompt = PROMPTS.resolve(name)(
+        widths={m: WIDTHS[m] for m in modalities},
+        num_blocks={m: BLOCKS[m] for m in modalities},
+        modalities=modalities,
+        **options,
+    )
+    return backbone, prompt
+
+
+def encode(backbone, prompt, present_BM, inputs):
+    """Features (B, M, 6), zero where absent."""
+    rows = {m: present_BM[:, i].nonzero().squeeze(1) for i, m in enumerate(backbone.modalities)}
+    edits = prompt.start(present_BM, rows)
+    result = torch.zeros(*present_BM.shape, 6)
+    for i, m in enumerate(backbone.modalities):
+        features, _ = backbone.encode(m, inputs[m], edits.get(m))
+        result[rows[m], i] = features
+    return result
+
+
+def step(backbone, prompt, present_BM, inputs, optimizer=None):
+    features = encode(backbone, prompt, present_BM, inputs)
+    loss = (features * torch.randn(features.shape)).sum() + sum(prompt.losses().values())
+    prompt.zero_grad()
+    if loss.requires_grad:
+        loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+
+
+@pytest.mark.parametrize("modalities", [("a", "b"), ("a", "b", "c")])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_after_one_step_every_parameter_has_a_gradient(name, options, modalities):
+    backbone, prompt = make(name, options, modalities)
+    present = all_patterns(len(modalities))
+    inputs = payloads(present, modalities)
+    parameters = dict(prompt.named_parameters())
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.1) if parameters else None
+    step(backbone, prompt, present, inputs, optimizer)
+    step(backbone, prompt, present, inputs)
+    dead = [n for n, p in parameters.items() if p.grad is None or not p.grad.abs().max() > 0]
+    assert dead == []
+    for n, p in parameters.items():  # tables: every row of every pattern lives
+        if n.startswith("tables") or "_K" in n:
+            assert (p.grad.flatten(1).abs().amax(1) > 0).all(), n
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_row_depends_on_itself_and_its_pattern_alone(name, options):
+    modalities = ("a", "b", "c")
+    backbone, prompt = make(name, options, modalities)
+    randomise(prompt)
+    present = all_patterns(3)
+    inputs = payloads(present, modalities)
+    together = encode(backbone, prompt, present, inputs)
+    for b in (0, 3, 6):
+        alone = {}
+        for i, m in enumerate(modalities):
+            place = int(present[:b, i].sum())
+            if present[b, i]:
+                alone[m] = {k: v[place : place + 1] for k, v in inputs[m].items()}
+        rows = {m: torch.zeros(1, dtype=torch.long) for m in alone}
+        edits = prompt.start(present[b : b + 1], rows)
+        for m, payload in alone.items():
+            feature, _ = backbone.encode(m, payload, edits.get(m))
+            i = modalities.index(m)
+            assert torch.allclose(feature[0], together[b, i], atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), [c for c in CASES if c[0] != "none"])
+def test_rows_that_lack_different_things_are_told_apart(name, options):
+    backbone, prompt = make(name, options, ("a", "b"))
+    randomise(prompt)
+    same = {"x": torch.ones(2, 3, 8), "mask": torch.ones(2, 3, dtype=torch.bool)}
+    present = torch.tensor([[True, True], [True, False]])
+    edits = prompt.start(present, {"a": torch.tensor([0, 1])})
+    features, _ = backbone.encode("a", same, edits["a"])
+    differs = (features[0] - features[1]).abs().max() > 1e-6
+    has_tables = options.get("private", True) or options.get("shared", True)
+    assert bool(differs) == has_tables
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_all_state_is_in_the_state_dict(name, options):
+    backbone, prompt = make(name, options, ("a", "b"))
+    randomise(prompt)
+    _, other = make(name, options, ("a", "b"))
+    other.load_state_dict(prompt.state_dict())
+    present = all_patterns(2)
+    inputs = payloads(present, ("a", "b"))
+    before = encode(backbone, prompt, present, inputs)
+    torch.manual_seed(99)
+    assert torch.equal(encode(backbone, other, present, inputs), before)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_process_without_a_modality_gets_every_gradient(name, options):
+    backbone, prompt = make(name, options, ("a", "b"))
+    edits = prompt.start(
+        torch.tensor([[True, False], [True, True]]),
+        {"a": torch.tensor([0]), "b": torch.tensor([1])},
+    )
+    inputs = payloads(torch.tensor([[True, False]]), ("a", "b"))
+    loss = backbone.encode("a", inputs["a"], edits.get("a"))[0].sum()
+    loss = loss + 0 * backbone.encode("b", None, edits.get("b"))[0].sum()
+    loss = loss + sum(prompt.losses().values())
+    if loss.requires_grad:
+        loss.backward()
+    assert [n for n, p in prompt.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_prefix_tokens_of_the_blank_row_are_not_routed(name, options):
+    """The mask of a blank row stays False over its prefix, whatever the prompt adds."""
+    backbone, prompt = make(name, options, ("a", "b"))
+    seen = []
+
+    class Spy(TinyTower):
+        def block(self, index, x_NLD, mask_NL=None, keys_values=None):
+            seen.append((x_NLD.shape[1], mask_NL))
+            return super().block(index, x_NLD, mask_NL, keys_values)
+
+    backbone.towers["a"] = Spy(8, 4, causal=False)
+    edits = prompt.start(torch.ones(1, 2, dtype=torch.bool), {"a": torch.tensor([0])})
+    backbone.encode("a", None, edits.get("a"))
+    assert len(seen) == 4
+    for length, mask_NL in seen:
+        assert mask_NL.shape == (1, length)
+        assert not mask_NL.any()
+
+
+def randomise(prompt: nn.Module) -> None:
+    """Open every gate: values as after some training."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in prompt.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_moe_layer_accepts_the_extended_mask():
+    layer = MoELayer(width=8, hidden=8, settings=MoESettings())
+    out, record = layer(torch.ones(1, 3, 8), torch.tensor([[True, True, False]]), 0)
+    assert record.tokens_E.sum() == 2
+    assert not out[0, 2].any()
