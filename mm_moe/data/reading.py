@@ -68,5 +68,8 @@ def image_payload(value: object) -> bytes | str | None:
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file's content."""
+    digest = hashlib.sha256()
     with reading(str(path)), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

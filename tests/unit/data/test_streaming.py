@@ -112,9 +112,11 @@ def test_evaluation_sees_every_sample_exactly_once(tmp_path, world_size, workers
     assert sorted(seen) == list(range(13))
 
 
-@pytest.mark.parametrize("knows_size", [True, False])
-@pytest.mark.parametrize("start", [8, 12, 20, 44])  # 20 rows: inside, ..., at and beyond an epoch
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 2), (4, 0)])
+@pytest.mark.parametrize("start", [12, 20, 44])  # 20 rows: inside, at and beyond an epoch
+@pytest.mark.parametrize(
+    ("world_size", "workers", "knows_size"),
+    [(1, 0, True), (2, 2, True), (4, 0, True), (2, 0, False)],
+)
 def test_resume_continues_the_line_at_any_world_size(
     tmp_path, start, world_size, workers, knows_size
 ):
