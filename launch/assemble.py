@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from launch.cli import Settings
+from launch.scoring import Scorer
 from mm_moe.arguments import parse_json
 from mm_moe.data.collate import Collator
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import DataSource
 from mm_moe.data.streaming import SampleStream
+from mm_moe.models.building import build_model
 from mm_moe.models.configuration import MultimodalMoEConfig
-from mm_moe.models.modeling import MultimodalMoEModel, build_model
+from mm_moe.models.modeling import MultimodalMoEModel
 from mm_moe.models.processing import processors_for, save_processors
 from mm_moe.moe.parallel import make_expert_parallel
 from mm_moe.registry import OBJECTIVES
 from mm_moe.training import runtime
-from mm_moe.training.predict import Predictions, predict
 from mm_moe.training.trainer import MultimodalTrainer
 
 
@@ -67,10 +68,7 @@ def label_fields(source: DataSource) -> dict[str, Any]:
 def dense_model(settings: Settings, config: MultimodalMoEConfig) -> MultimodalMoEModel:
     """A single-process model with all experts, the same on every rank."""
     set_seed(settings.training.seed)
-    if settings.model.init_from:
-        model = MultimodalMoEModel.from_pretrained(settings.model.init_from)
-    else:
-        model = build_model(config, pretrained=settings.model.pretrained)
+    model = build_model(config, pretrained=settings.model.pretrained)
     locked = [
         name
         for name, lock in (("image", settings.model.lock_image), ("text", settings.model.lock_text))
@@ -87,9 +85,8 @@ class Run:
     settings: Settings
     source: DataSource
     model: MultimodalMoEModel
-    processors: dict[str, Callable[[list[Any]], dict]]
-    bad_ids: list[str]
-    trainer: MultimodalTrainer | None = None
+    scorer: Scorer
+    trainer: MultimodalTrainer = field(init=False)
 
     def protocol(self, *, kind: str, ratio: float, split: str) -> MissingProtocol:
         """The missing-modality protocol of one split."""
@@ -101,21 +98,10 @@ class Run:
             split=split,
         )
 
-    def collator(self, missing: MissingProtocol | None) -> Collator:
-        """Turns samples into batches under a protocol; undecodable ids gather in `bad_ids`."""
-        return Collator(
-            modalities=self.source.modalities,
-            processors=self.processors,
-            problem_type=self.source.problem_type,
-            num_labels=len(self.source.label_names),
-            missing=missing,
-            max_bad_samples=self.settings.data.max_bad_samples,
-        )
-
     def train_collator(self) -> Collator:
         """The collator of the training split, under the run's own protocol."""
         data = self.settings.data
-        return self.collator(
+        return self.scorer.collator(
             self.protocol(kind=data.missing_type, ratio=data.missing_ratio, split=data.train_split)
         )
 
@@ -134,33 +120,9 @@ class Run:
             epochs=None,
         )
 
-    def predict(self, missing: MissingProtocol | None, split: str) -> Predictions:
-        """Score a split, each sample once over the ranks. A collective."""
-        training = self.settings.training
-        stream = SampleStream(
-            self.source,
-            split=split,
-            batch_size=training.per_device_eval_batch_size,
-            rank=training.process_index,
-            world_size=training.world_size,
-            epochs=1,
-        )
-        collator = self.collator(missing)
-        loader = DataLoader(
-            stream, batch_size=training.per_device_eval_batch_size, collate_fn=collator
-        )
-        found = predict(self.model, loader, num_modalities=len(self.source.modalities))
-        self.note_bad(collator)
-        return found
-
-    def note_bad(self, collator: Collator) -> None:
-        """Remember the ids that did not decode on any rank. A collective."""
-        for ids in runtime.gather_objects(sorted(collator.bad_ids)):
-            self.bad_ids += [sample for sample in ids if sample not in self.bad_ids]
-
     def save_extra(self, folder: Path) -> None:
         """Write the processor beside the weights."""
-        save_processors(self.processors, folder)
+        save_processors(self.scorer.processors, folder)
 
 
 def learning_rate_scale(scale: float) -> Callable[[str], float]:
@@ -184,11 +146,18 @@ def prepare_run(
     config = model_config(settings, source, prompt=prompt)
     model = dense_model(settings, config)
     model = make_expert_parallel(model, ep_size=ep_size)
-    start = settings.model.init_from or settings.model.pretrained
-    processors = processors_for(model.config, source=start)
-    run = Run(settings, source, model, processors, bad_ids=[])
+    processors = processors_for(model.config, source=settings.model.pretrained)
+    scorer = Scorer(
+        model,
+        source,
+        processors,
+        batch_size=settings.training.per_device_eval_batch_size,
+        max_bad_samples=settings.data.max_bad_samples,
+    )
+    run = Run(settings, source, model, scorer)
     objective = OBJECTIVES.resolve(settings.run.objective)(problem_type=source.problem_type)
     collator = run.train_collator()
+    runtime.allow_another_trainer()
     run.trainer = MultimodalTrainer(
         model=model,
         args=settings.training,

@@ -70,7 +70,8 @@ def settle_batch(values: argparse.Namespace, argv: list[str]) -> None:
     if own and values.per_device_train_batch_size != share:
         raise ConfigError(
             f"--global_batch_size {values.global_batch_size} over {parts} gives {share} per "
-            f"process, --per_device_train_batch_size says {values.per_device_train_batch_size}; drop one."
+            f"process, --per_device_train_batch_size says {values.per_device_train_batch_size}; "
+            "drop one."
         )
     values.per_device_train_batch_size = share
 

@@ -8,12 +8,15 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
 
 from mm_moe.arguments import (
     DataArguments,
@@ -28,6 +31,14 @@ from mm_moe.registry import nearest
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = "finetune/recipes/emoji_replay.yaml"
 RECIPE_FOLDERS = ("finetune/recipes", "pretrain/recipes")
+NOISY_LOGGERS = (
+    "transformers",
+    "datasets",
+    "accelerate",
+    "DeepSpeed",
+    "torch.distributed",
+    "torch.utils.cpp_extension",
+)
 # Flags of older transformers releases that users still type, and what they became.
 RENAMED = {
     "warmup_ratio": "warmup_steps",
@@ -174,9 +185,13 @@ def quiet() -> None:
     """Keep third-party chatter out of the terminal; our own messages stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns while it guesses
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for name in ("transformers", "datasets", "accelerate", "DeepSpeed", "torch.distributed"):
+    for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    disable_progress_bar()  # the library's own bars for writing files
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
     logging.getLogger("mm_moe").setLevel(logging.INFO)
 
 

@@ -11,12 +11,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from eval.patterns import ConditionScore, evaluate_conditions, scores_document
+from eval.patterns import ConditionScore, scores_document
 from eval.report import format_table, write_report
 from launch.assemble import Run
 from launch.cli import ROOT
+from launch.scoring import train_prior
 from mm_moe.training import runtime
 
 PACKAGES = (
@@ -31,7 +30,6 @@ PACKAGES = (
     "safetensors",
 )
 SECRET_FLAGS = ("hub_token",)
-DEFAULT_MIXED_RATIO = 0.5  # of the mixed test condition, for a run without imposed missingness
 
 
 def git_commit() -> str:
@@ -122,46 +120,22 @@ def write_run_file(run: Run, folder: Path, argv: list[str]) -> None:
         "world_size": run.settings.training.world_size,
         "ep_size": run.settings.moe.ep_size,
         "commands": next_commands(run, folder),
-        "bad_samples": run.bad_ids,
+        "bad_samples": run.scorer.bad_ids,
     }
     aside = folder / "run.json.tmp"
     aside.write_text(json.dumps(record, indent=1, default=str))
     aside.replace(folder / "run.json")
 
 
-def train_prior(run: Run) -> np.ndarray:
-    """What the training labels say, for the chance levels: counts, shares or the mean."""
-    source = run.source
-    rows = source.stream(run.settings.data.train_split)
-    labels = [label for row in rows if (label := source.to_sample(row).label) is not None]
-    if source.problem_type == "single_label_classification":
-        return np.bincount(labels, minlength=len(source.label_names))
-    return np.asarray(labels, dtype=float).mean(axis=0)
-
-
-def score(run: Run, prior: np.ndarray) -> list[ConditionScore]:
-    """Scores of one model per condition on the test split. A collective."""
-    data = run.settings.data
-    return evaluate_conditions(
-        run.predict,
-        source=run.source,
-        modalities=run.source.modalities,
-        num_labels=len(run.source.label_names),
-        prior=prior,
-        ratio=data.missing_ratio or DEFAULT_MIXED_RATIO,
-        split=data.test_split,
-        seed=data.missing_seed,
-    )
-
-
 def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> None:
     """Score, write `scores.json`, `report.html` and pictures, and print table and next steps."""
     models: dict[str, list[ConditionScore]] = {}
     if run.settings.run.final_evaluation and run.source.problem_type != "none":
-        prior = train_prior(run)
-        models = {_title(entry): score(entry, prior) for entry in (run, *others)}
-    for other in others:
-        run.bad_ids += [bad for bad in other.bad_ids if bad not in run.bad_ids]
+        data = run.settings.data
+        prior = train_prior(run.source, data.train_split)
+        how = {"prior": prior, "split": data.test_split, "seed": data.missing_seed}
+        for entry in (run, *others):
+            models[_title(entry)] = entry.scorer.score(ratio=data.missing_ratio, **how)
     if not runtime.is_main():
         return
     write_run_file(run, folder, argv)
@@ -171,8 +145,10 @@ def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> No
         document = scores_document(models, expert_load=load)
         (folder / "scores.json").write_text(json.dumps(document, indent=1))
         print(format_table(document))
-    if run.bad_ids:
-        print(f"{len(run.bad_ids)} sample(s) did not decode: {', '.join(run.bad_ids[:5])}")
+    if run.scorer.bad_ids:
+        print(
+            f"{len(run.scorer.bad_ids)} sample(s) did not decode: {', '.join(run.scorer.bad_ids[:5])}"
+        )
     report = write_report(folder)
     print(f"run: {folder}\nreport and pictures: {report}")
     for what, command in next_commands(run, folder).items():

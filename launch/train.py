@@ -7,144 +7,17 @@ flags.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import math
-from pathlib import Path
-
-import torch
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-from launch import checks
-from launch.assemble import Run, for_comparison, prepare_run
-from launch.cli import RecipeParser, Settings, run_program
-from launch.finish import finish_run, write_run_file
-from mm_moe.data.schema import DataSource
-from mm_moe.errors import ConfigError
-from mm_moe.training import runtime
-from mm_moe.training.callbacks import EpochOfStream, MetricsFile, Progress
-
-
-def settle(values: argparse.Namespace, ep_size: int, source: DataSource) -> None:
-    """Fill in what depends on the machine and the data; nothing of it changes the science."""
-    values.ep_size = ep_size
-    values.remove_unused_columns = False
-    values.logging_nan_inf_filter = False  # a hidden NaN is a lost day
-    values.disable_tqdm = True  # our own progress line instead
-    values.use_cpu = values.use_cpu or not torch.cuda.is_available()
-    values.dataloader_pin_memory = torch.cuda.is_available()
-    if values.report_to is None:
-        values.report_to = "none"
-    if values.max_steps <= 0:
-        size = source.size(values.train_split)
-        if size is None:
-            raise ConfigError(
-                f"data set {values.dataset!r} does not know its size; give --max_steps instead of "
-                "--num_train_epochs."
-            )
-        batch = values.per_device_train_batch_size * values.gradient_accumulation_steps
-        batch *= runtime.world_size()
-        values.max_steps = max(1, math.ceil(values.num_train_epochs * size / batch))
-
-
-def default_output(recipe: str) -> str:
-    """A new folder below `runs/`, named by recipe and time; rank 0 decides."""
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return str(Path("runs") / f"{Path(recipe).stem}-{stamp}")
-
-
-def train_one(
-    settings: Settings,
-    source: DataSource,
-    *,
-    prompt: str,
-    title: str,
-    resume: Path | None = None,
-) -> Run:
-    """Train one model and return it, still spread over the ranks."""
-    training = settings.training
-    folder = Path(training.output_dir)
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    run = prepare_run(
-        settings,
-        source,
-        prompt=prompt,
-        ep_size=settings.moe.ep_size,
-        callbacks=[
-            EpochOfStream(source.size(settings.data.train_split), batch * training.world_size),
-            MetricsFile(folder),
-            Progress(title),
-        ],
-    )
-    if resume is not None:
-        checks.check_same_model(resume, run.model.config.to_dict())
-    for kind in (PrinterCallback, ProgressCallback):
-        run.trainer.remove_callback(kind)
-    if runtime.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        describe(run, title)
-    runtime.barrier()
-    run.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    run.note_bad(run.trainer.data_collator)
-    return run
-
-
-def describe(run: Run, title: str) -> None:
-    """Say what is about to be trained."""
-    data, training = run.settings.data, run.settings.training
-    parts = ", ".join(f"{name} {count:,}" for name, count in run.model.trainable_report())
-    missing = run.protocol(
-        kind=data.missing_type, ratio=data.missing_ratio, split=data.train_split
-    ).describe(run.source.modalities)
-    print(f"{title}: trains {parts} parameters")
-    print(
-        f"  data {run.source.name}, missing: {missing}; {training.world_size} process(es), "
-        f"experts over {run.settings.moe.ep_size}, {training.max_steps} steps",
-        flush=True,
-    )
+from launch.cli import RecipeParser, run_program
 
 
 def main(argv: list[str]) -> int:
-    """Check everything, then train, score and report."""
+    """Read the flags, then hand over."""
     parser = RecipeParser()
     values = parser.namespace(argv)
-    checks.check_names(values)
-    checks.in_range(values)
-    checks.settle_batch(values, argv)
-    values.deepspeed = checks.deepspeed_settings(values)
-    ep_size = checks.expert_layout(values)
-    source = checks.open_source(values)
-    resume = checks.resume_point(values)
-    checks.check_output(values, resuming=resume is not None)
-    settle(values, ep_size, source)
+    # DeepSpeed comes in only now: a wrong flag is told in seconds, and the environment is set.
+    from launch.run import execute
 
-    runtime.start()
-    try:
-        values.output_dir = runtime.agree(values.output_dir or default_output(values.config))
-        values.resume_from_checkpoint = str(resume) if resume else None
-        settings = parser.build(values)
-        run = train_one(
-            settings,
-            source,
-            prompt=settings.prompt.prompt,
-            title=settings.prompt.prompt,
-            resume=resume,
-        )
-        folder = Path(settings.training.output_dir)
-        run.trainer.save_model(str(folder / "final"))
-        write_run_file(run, folder, argv)
-        others = [
-            train_one(
-                for_comparison(settings, folder / f"compare-{prompt}"),
-                source,
-                prompt=prompt,
-                title=f"comparison: {prompt}",
-            )
-            for prompt in settings.run.compare_with
-        ]
-        finish_run(run, others, folder, argv)
-    finally:
-        runtime.stop()
+    execute(parser, values, argv)
     return 0
 
 

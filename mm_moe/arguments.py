@@ -42,11 +42,7 @@ class ModelArguments:
     backbone: str = field(default="small_clip", metadata={"help": "A registered backbone name."})
     pretrained: str | None = field(
         default=None,
-        metadata={"help": "Dense weights to start from: 'builtin', a folder or a Hub name."},
-    )
-    init_from: str | None = field(
-        default=None,
-        metadata={"help": "A published mm-moe folder to fine-tune; its model settings are used."},
+        metadata={"help": "Weights to start from: none, builtin, a file, a folder or a Hub name."},
     )
     backbone_config: str | None = field(
         default=None, metadata={"help": "JSON object that overrides the backbone's configuration."}

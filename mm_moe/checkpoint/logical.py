@@ -85,7 +85,7 @@ def optimizer_tensors(engine) -> tuple[dict[str, Tensor], int]:
     sharded = hasattr(engine.optimizer, "single_partition_of_fp32_groups")
     base = engine.optimizer.optimizer if sharded else engine.optimizer
     if sharded:
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+        _link_states(engine.optimizer)
     tensors: dict[str, Tensor] = {}
     for name, parameter, owner in _trainable(engine.module):
         for key in (*MOMENTS, MASTER):
@@ -139,5 +139,14 @@ def _create_flat_states(zero_optimizer, step: int) -> None:
             "step": torch.tensor(float(step)),
             **{key: torch.zeros_like(flat) for key in MOMENTS},
         }
+    _link_states(zero_optimizer)
+
+
+def _link_states(zero_optimizer) -> None:
+    """Give every parameter the view of its moments.
+
+    DeepSpeed 0.19.8 links all groups after the first group's first step, when the moments of the
+    other groups do not exist yet; so it is done again.
+    """
     zero_optimizer._hp_optimizer_states_linked = False
     zero_optimizer._lazy_init_hp_params_optimizer_state()

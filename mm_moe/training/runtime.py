@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import socket
@@ -14,9 +16,14 @@ import torch.distributed as dist
 logger = logging.getLogger("mm_moe")
 
 
+def rank() -> int:
+    """This process among those of the run (known before the process group exists)."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
-    """Whether this process is rank 0 of the run (known before the process group exists)."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this process is rank 0."""
+    return rank() == 0
 
 
 def world_size() -> int:
@@ -62,13 +69,24 @@ def start() -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that the operator was built
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
 
 
 def stop() -> None:
     """Leave the process group; without this a rank can abort at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def allow_another_trainer() -> None:
+    """Let this process build a further Trainer under DeepSpeed.
+
+    accelerate keeps one DeepSpeed plugin per process for good; the process group stays as it is.
+    """
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=False)
 
 
 def agree(value: Any) -> Any:

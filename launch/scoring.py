@@ -1,0 +1,111 @@
+"""Scores a model on a split of a data set under every missing condition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.utils.data import DataLoader
+
+from eval.patterns import ConditionScore, evaluate_conditions
+from mm_moe.data.collate import Collator
+from mm_moe.data.missing import MissingProtocol
+from mm_moe.data.schema import DataSource
+from mm_moe.data.streaming import SampleStream
+from mm_moe.training import runtime
+from mm_moe.training.predict import Predictions, predict
+
+DEFAULT_MIXED_RATIO = 0.5  # of the mixed test condition, for a run without imposed missingness
+
+
+@dataclass
+class Scorer:
+    """A model with the data that it is scored on; the same code for one process and for many.
+
+    Attributes:
+        model: whole, or spread over the ranks.
+        source: the data set.
+        processors: modality -> function from raw values to tensors.
+        batch_size: samples per process and forward pass.
+        max_bad_samples: undecodable samples that are borne.
+        bad_ids: the ids of those, over all ranks.
+    """
+
+    model: nn.Module
+    source: DataSource
+    processors: dict[str, Callable[[list[Any]], dict]]
+    batch_size: int
+    max_bad_samples: int
+    bad_ids: list[str] = field(default_factory=list)
+
+    def collator(self, missing: MissingProtocol | None) -> Collator:
+        """Turns samples into batches under a protocol."""
+        return Collator(
+            modalities=self.source.modalities,
+            processors=self.processors,
+            problem_type=self.source.problem_type,
+            num_labels=num_outputs(self.source),
+            missing=missing,
+            max_bad_samples=self.max_bad_samples,
+        )
+
+    def predict(self, missing: MissingProtocol | None, split: str) -> Predictions:
+        """Predictions for a split, each sample once over the ranks. A collective."""
+        stream = SampleStream(
+            self.source,
+            split=split,
+            batch_size=self.batch_size,
+            rank=runtime.rank(),
+            world_size=runtime.world_size(),
+            epochs=1,
+        )
+        collator = self.collator(missing)
+        loader = DataLoader(stream, batch_size=self.batch_size, collate_fn=collator)
+        found = predict(self.model, loader, num_modalities=len(self.source.modalities))
+        self.note_bad(collator)
+        return found
+
+    def note_bad(self, collator: Collator) -> None:
+        """Remember the ids that did not decode on any rank. A collective."""
+        for ids in runtime.gather_objects(sorted(collator.bad_ids)):
+            self.bad_ids += [sample for sample in ids if sample not in self.bad_ids]
+
+    def score(
+        self, *, prior: np.ndarray, split: str, ratio: float, seed: int
+    ) -> list[ConditionScore]:
+        """One row per missing condition. A collective.
+
+        Args:
+            prior: what the training labels say (see `train_prior`).
+            split: the split to score.
+            ratio: share of samples that lack something in the mixed condition; 0 takes the default.
+            seed: of the missing masks.
+        """
+        return evaluate_conditions(
+            self.predict,
+            source=self.source,
+            modalities=self.source.modalities,
+            num_labels=num_outputs(self.source),
+            prior=prior,
+            ratio=ratio or DEFAULT_MIXED_RATIO,
+            split=split,
+            seed=seed,
+        )
+
+
+def num_outputs(source: DataSource) -> int:
+    """Values that a head gives for each sample: one per class, one for a regression."""
+    return 1 if source.problem_type == "regression" else len(source.label_names)
+
+
+def train_prior(source: DataSource, split: str) -> np.ndarray:
+    """What the training labels say, for the chance levels: counts, shares, or the mean (1,)."""
+    labels = [
+        label for row in source.stream(split) if (label := source.to_sample(row).label) is not None
+    ]
+    if source.problem_type == "single_label_classification":
+        return np.bincount(labels, minlength=len(source.label_names))
+    return np.atleast_1d(np.asarray(labels, dtype=float).mean(axis=0))
