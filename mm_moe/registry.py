@@ -87,6 +87,7 @@ PROMPTS = Registry(
     {
         "none": "prompts.base:NoPrompt",
         "missing_aware": "prompts.missing_aware:MissingAwarePrompt",
+        "correlated": "prompts.correlated:CorrelatedPrompt",
         "replay": "prompts.replay:ReplayPrompt",
     },
 )

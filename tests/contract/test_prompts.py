@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 WIDTHS = {"a": 8, "b": 12, "c": 16}
 BLOCKS = {"a": 4, "b": 4, "c": 5}
 VARIANTS = {
+    "correlated": [{"dynamic": False}, {"common": False, "layers": 3}],
     "missing_aware": [{"mode": "attention"}, {"layers": 1, "length": 2}],
     "replay": [
         {"aggregation": "attention"},
