@@ -73,6 +73,9 @@ class SampleStream(torch.utils.data.IterableDataset):
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.shuffle_buffer = seed, shuffle_buffer
         self.start, self.epochs = start, epochs
+        self.size = source.size(split)  # asked once, here: it may cost a pass over the data
+        if self.size == 0:
+            raise DataError(f"split {split!r} of {source.name!r} has no row.")
 
     @property
     def num_batches(self) -> int | None:
@@ -81,10 +84,9 @@ class SampleStream(torch.utils.data.IterableDataset):
         A rank may get one batch fewer than this: where ranks must act in step, it makes up for it
         with an empty batch.
         """
-        size = self.source.size(self.split)
-        if self.epochs is None or size is None:
+        if self.epochs is None or self.size is None:
             return None
-        left = max(0, self.epochs * size - self.start)
+        left = max(0, self.epochs * self.size - self.start)
         return -(-left // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Sample]:
@@ -100,11 +102,8 @@ class SampleStream(torch.utils.data.IterableDataset):
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         """The canonical line of rows from `start` on."""
-        size = self.source.size(self.split)
-        if size == 0:
-            raise DataError(f"split {self.split!r} of {self.source.name!r} has no row.")
         # A known size leaps over whole epochs; without one they are read and counted.
-        first, skip = divmod(self.start, size) if size else (0, self.start)
+        first, skip = divmod(self.start, self.size) if self.size else (0, self.start)
         epochs = itertools.count(first) if self.epochs is None else range(first, self.epochs)
         rows = itertools.chain.from_iterable(map(self._epoch, epochs))
         return itertools.islice(rows, skip, None)

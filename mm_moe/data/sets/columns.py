@@ -1,0 +1,297 @@
+"""Your own data: image folders, CSV, JSON lines, Parquet or the Hub, by column names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from mm_moe.batch import IMAGE, TEXT, Sample
+from mm_moe.data.locate import Located, locate
+from mm_moe.data.reading import file_sha256, image_payload, reading, undecoded
+from mm_moe.data.schema import (
+    MULTI_LABEL,
+    NO_LABEL,
+    PROBLEM_TYPES,
+    REGRESSION,
+    SINGLE_LABEL,
+    DataSource,
+    check_label,
+    label_index,
+    nearest_type,
+)
+from mm_moe.errors import ConfigError, DataError
+from mm_moe.registry import nearest
+
+FOLDER = "__folder__"  # column that we add: the folder that relative image paths start from
+MAX_CLASSES = 10_000
+
+
+class ColumnsData(DataSource):
+    """Image-text data by column names.
+
+    Args:
+        data_dir: a folder, a table file, or the name of a data set on the Hub ("owner/name").
+        image_column: column with images (encoded, or paths relative to the table's folder).
+        text_column: column with text.
+        label_column: column with the class name or number (a list of names for several classes, a
+            number for regression); an empty cell means that the label is not known.
+        id_column: column with a stable unique id. Without it an image folder's ids are its paths,
+            others are hashes of the row's content (equal rows then share one).
+        train: split name, or file pattern relative to the folder; so are `validation` and `test`.
+        validation: see `train`.
+        test: see `train`.
+        label_names: class names; by default those that the data declare, else all that occur in the
+            train split, sorted.
+        problem_type: single-label classification by default where there is a label column.
+        config: configuration of a Hub data set.
+        revision: revision of a Hub data set.
+        name: key of masks; by default "columns/" and the last part of `data_dir`.
+        license: who may do what with the data, for the model card.
+
+    Raises:
+        ConfigError: options that do not fit together.
+        DataError: no such data, split, or column.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | None = None,
+        *,
+        image_column: str | None = None,
+        text_column: str | None = None,
+        label_column: str | None = None,
+        id_column: str | None = None,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        label_names: Sequence[str] | None = None,
+        problem_type: str | None = None,
+        config: str | None = None,
+        revision: str | None = None,
+        name: str | None = None,
+        license: str = "not stated",
+    ) -> None:
+        super().__init__(data_dir)
+        if data_dir is None:
+            raise ConfigError("data set 'columns' needs data_dir: a folder, a file, or a Hub name.")
+        named = {IMAGE: image_column, TEXT: text_column}
+        self._columns = {modality: column for modality, column in named.items() if column}
+        if not self._columns:
+            raise ConfigError("name at least one of image_column and text_column.")
+        self.modalities = tuple(self._columns)
+        self.label_column, self.id_column = label_column, id_column
+        self.problem_type = problem_type or (SINGLE_LABEL if label_column else NO_LABEL)
+        if self.problem_type not in PROBLEM_TYPES:
+            raise ConfigError(
+                f"unknown problem_type {problem_type!r}; {nearest_type(self.problem_type)}"
+            )
+        if (self.problem_type == NO_LABEL) == bool(label_column):
+            raise ConfigError(
+                f"problem_type {self.problem_type!r} does not fit label_column {label_column!r}."
+            )
+        self.license = license
+        self.name = name or f"columns/{Path(data_dir).name}"
+        self._given_names = None if label_names is None else tuple(label_names)
+        wanted = {"train": train, "validation": validation, "test": test}
+        self._located: Located = locate(data_dir, wanted=wanted, config=config, revision=revision)
+
+    def splits(self) -> tuple[str, ...]:
+        """The splits that were found, in our names."""
+        return tuple(self._located.names)
+
+    def stream(self, split: str) -> datasets.IterableDataset:
+        """The named columns of a split.
+
+        Raises:
+            DataError: no such split (those that exist are listed) or column (with the nearest).
+        """
+        label = [self.label_column] if self.label_column else []
+        identity = [self.id_column] if self.id_column else []
+        stream = self._open(split, [*self._columns.values(), *label, *identity])
+        files = self._located.files.get(split)
+        if files and IMAGE in self._columns:
+            folder = _one_folder(files, split=split)
+            stream = stream.map(_add_folder, fn_kwargs={"folder": str(folder)})
+        return stream
+
+    def _open(self, split: str, columns: Iterable[str]) -> datasets.IterableDataset:
+        self.check_split(split)
+        with reading(f"split {split!r} of {self.name!r}"):
+            stream = self._located.reader.as_streaming_dataset(self._located.names[split])
+            stream = undecoded(stream)
+            known = list(stream.features or next(iter(stream.iter(batch_size=1)), {}))
+        for column in columns:
+            if column not in known:
+                raise DataError(
+                    f"split {split!r} of {self.name!r} has no column {column!r}; "
+                    f"{nearest(column, known)}"
+                )
+        return stream.select_columns(list(dict.fromkeys(columns)))
+
+    @cached_property
+    def label_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Class names: given, declared by the data, or found in the train split."""
+        if self.problem_type not in (SINGLE_LABEL, MULTI_LABEL):
+            return ()
+        return self._given_names or self._declared_names or self._found_names()
+
+    @cached_property
+    def _declared_names(self) -> tuple[str, ...] | None:
+        """Names of a ClassLabel feature; its cells hold indices into them."""
+        features = self._open("train", [str(self.label_column)]).features or {}
+        feature = features.get(str(self.label_column))
+        return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+    def _found_names(self) -> tuple[str, ...]:
+        """All class names of the train split: one pass over its label column."""
+        names: set[str] = set()
+        with reading(f"split 'train' of {self.name!r}"):
+            for columns in self._open("train", [str(self.label_column)]).iter(batch_size=1000):
+                for cell in columns[str(self.label_column)]:
+                    names.update(self._cell_names(cell))
+                if len(names) > MAX_CLASSES:
+                    raise DataError(
+                        f"column {self.label_column!r} has over {MAX_CLASSES:,} different values; "
+                        "is it the label? For a number to predict set problem_type=regression."
+                    )
+        if not names:
+            raise DataError(f"column {self.label_column!r} of the train split has no label.")
+        numeric = all(name.lstrip("-").isdigit() for name in names)
+        return tuple(sorted(names, key=int if numeric else str))
+
+    def _cell_names(self, cell: Any) -> list[str]:
+        """The class names in a label cell: none, one, or several."""
+        if isinstance(cell, list) != (self.problem_type == MULTI_LABEL) and cell is not None:
+            raise DataError(
+                f"column {self.label_column!r} holds {type(cell).__name__} values, which does not "
+                f"fit problem_type {self.problem_type}; lists are for {MULTI_LABEL}."
+            )
+        cells = cell if isinstance(cell, list) else [cell]
+        return [name for name in map(_class_name, cells) if name]
+
+    def to_sample(self, row: dict[str, Any]) -> Sample:
+        """The named cells as a sample."""
+        cells: dict[str, Any] = {m: row.get(column) for m, column in self._columns.items()}
+        if IMAGE in cells:
+            cells[IMAGE] = image_payload(cells[IMAGE])
+        if TEXT in cells and cells[TEXT] is not None:
+            cells[TEXT] = str(cells[TEXT])
+        sample_id = self._id(row, cells)
+        image = cells.get(IMAGE)
+        if isinstance(image, str) and FOLDER in row and "://" not in image:
+            cells[IMAGE] = str(Path(row[FOLDER]) / image)
+        payload = {modality: value for modality, value in cells.items() if value}
+        return Sample(sample_id, payload, self._label(row, sample_id))
+
+    def _id(self, row: dict[str, Any], cells: dict[str, Any]) -> str:
+        """The id column, an image folder's path, or a hash of the content."""
+        if self.id_column:
+            if row[self.id_column] is None:
+                raise DataError(f"a row of {self.name!r} has an empty id ({self.id_column!r}).")
+            return str(row[self.id_column])
+        image = cells.get(IMAGE)
+        if self._located.builder == "imagefolder" and isinstance(image, str):
+            return Path(image).relative_to(self.data_dir.resolve()).as_posix()  # type: ignore[union-attr]
+        digest = hashlib.blake2b(digest_size=12)
+        label = row.get(self.label_column) if self.label_column else None
+        for cell in (*cells.values(), label):
+            part = cell if isinstance(cell, bytes) else json.dumps(cell, default=str).encode()
+            digest.update(len(part).to_bytes(8, "big") + part)
+        return digest.hexdigest()
+
+    def _label(self, row: dict[str, Any], sample_id: str) -> Any:
+        if self.label_column is None:
+            return None
+        cell = row[self.label_column]
+        if self.problem_type == REGRESSION:
+            label: Any = None if cell is None else _number(cell, sample_id=sample_id)
+        elif self.problem_type == SINGLE_LABEL and self._declared_names:
+            label = None if cell is None or cell == -1 else cell  # -1: the field's word for unknown
+        else:
+            label = self._named_label(cell, sample_id)
+        check_label(
+            label,
+            problem_type=self.problem_type,
+            num_labels=len(self.label_names),
+            sample_id=sample_id,
+        )
+        return label
+
+    def _named_label(self, cell: Any, sample_id: str) -> int | list[int] | None:
+        names = self._cell_names(cell)
+        found = [label_index(name, self.label_names, sample_id=sample_id) for name in names]
+        if self.problem_type == SINGLE_LABEL:
+            return found[0] if found else None
+        if cell is None:
+            return None
+        return [int(index in found) for index in range(len(self.label_names))]
+
+    def size(self, split: str) -> int | None:
+        """Rows of a split, counted in one pass over local data; None for the Hub."""
+        self.check_split(split)
+        return self._sizes[split] if self._located.is_local else None
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        column = next(iter(self._columns.values()))
+        with reading(f"data set {self.name!r}"):
+            return {split: self._count(split, column) for split in self.splits()}
+
+    def _count(self, split: str, column: str) -> int:
+        batches = self._open(split, [column]).iter(batch_size=1000)
+        return sum(len(cells[column]) for cells in batches)
+
+    def fingerprint(self) -> str:
+        """sha256 over the tables' content; images beside them and in folders by name and size."""
+        digest = hashlib.sha256()
+        if not self._located.is_local:
+            # Resolved files of the Hub carry the commit in their names.
+            digest.update(json.dumps(self._located.reader.config.data_files, default=str).encode())
+            return digest.hexdigest()
+        tables = [file for files in self._located.files.values() for file in files]
+        for file in tables:
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+        if not tables:
+            root = Path(str(self.data_dir))
+            for file in sorted(path for path in root.rglob("*") if path.is_file()):
+                digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode())
+        return digest.hexdigest()
+
+
+def _one_folder(files: list[Path], *, split: str) -> Path:
+    """The folder that relative image paths of a split start from."""
+    folders = sorted({file.parent for file in files})
+    if len(folders) > 1:
+        raise DataError(
+            f"the tables of split {split!r} lie in {len(folders)} folders, so relative image paths "
+            f"have no one start; put them in {folders[0]}."
+        )
+    return folders[0]
+
+
+def _add_folder(row: dict[str, Any], *, folder: str) -> dict[str, str]:
+    return {FOLDER: folder}
+
+
+def _class_name(cell: Any) -> str:
+    """A label cell as a class name; "" where the label is not known."""
+    if cell is None or cell != cell:  # NaN is the empty cell of a number column
+        return ""
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))  # a column of integers with a gap is read as floats
+    return str(cell).strip()
+
+
+def _number(cell: Any, *, sample_id: str) -> float | None:
+    """A regression target; an empty cell of a number column (NaN) is unknown."""
+    try:
+        value = float(cell)
+    except (TypeError, ValueError):
+        raise DataError(f"the label of sample {sample_id!r} is not a number.") from None
+    return None if value != value else value
