@@ -26,14 +26,17 @@ def _collect(y_RD: Tensor, position_TK: Tensor, weight_TK: Tensor | None) -> Ten
     num_tokens, k = position_TK.shape
     if not len(y_RD):
         return y_RD.new_zeros(num_tokens, y_RD.shape[1])
-    weights = [None] * k if weight_TK is None else weight_TK.unbind(1)
-    total_TD = y_RD.new_zeros(num_tokens, y_RD.shape[1])
+    all_kept = len(y_RD) == position_TK.numel()
+    weights = [None] * k if weight_TK is None else weight_TK.to(y_RD.dtype).unbind(1)
+    total_TD = None
     for position_T, weight_T in zip(position_TK.unbind(1), weights, strict=True):
-        scale_T = (position_T >= 0).to(y_RD.dtype)
+        y_TD = y_RD.index_select(0, position_T if all_kept else position_T.clamp(min=0))
+        if not all_kept:
+            y_TD.mul_((position_T >= 0).unsqueeze(1))
         if weight_T is not None:
-            scale_T = scale_T * weight_T.to(y_RD.dtype)
-        y_TD = y_RD.index_select(0, position_T.clamp(min=0))
-        total_TD.addcmul_(y_TD, scale_T.unsqueeze(1))
+            y_TD.mul_(weight_T.unsqueeze(1))
+        total_TD = y_TD if total_TD is None else total_TD.add_(y_TD)
+    assert total_TD is not None  # k >= 1
     return total_TD
 
 

@@ -89,13 +89,16 @@ class _SlicedFeedForward(torch.autograd.Function):
         gx_RD = torch.empty_like(x_RD) if ctx.needs_input_grad[0] else None
         sizes = (w_in.shape, (w_in.shape[0], w_in.shape[2]), w_out.shape, w_out.shape[::2])
         gw_in, gb_in, gw_out, gb_out = (
-            w_in.new_zeros(size) if needed else None
+            w_in.new_empty(size) if needed else None
             for size, needed in zip(sizes, ctx.needs_input_grad[1:5], strict=True)
         )
         start = 0
         for e, rows in enumerate(ctx.rows_E):
             piece, start = slice(start, start + rows), start + rows
             if not rows:
+                for grad in (gw_in, gb_in, gw_out, gb_out):
+                    if grad is not None:
+                        grad[e].zero_()
                 continue
             x, pre, grad = x_RD[piece], pre_RF[piece], grad_RD[piece]
             if gw_out is not None:
