@@ -81,7 +81,8 @@ class MultimodalMoEModel(PreTrainedModel):
         self.head = nn.Linear(width, config.num_labels) if config.num_labels else None
         self.logit_scale: nn.Parameter | None = None
         if self.head is None:
-            self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
+            # one element, not a scalar: DeepSpeed cannot broadcast tensors without dimensions
+            self.logit_scale = nn.Parameter(torch.tensor([LOGIT_SCALE]))
         self._finish()
 
     def _make_sparse(self) -> None:
