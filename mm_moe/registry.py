@@ -96,6 +96,8 @@ DATASETS = Registry(
     {
         "emoji": "mm_moe.data.sets.emoji:EmojiData",
         "columns": "mm_moe.data.sets.columns:ColumnsData",
+        "openclipart_emoji": "mm_moe.data.sets.openclipart:OpenclipartEmojiData",
+        "grocery": "mm_moe.data.sets.grocery:GroceryData",
     },
 )
 OBJECTIVES = Registry(
