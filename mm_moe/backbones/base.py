@@ -11,6 +11,7 @@ H attention heads.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -35,12 +36,18 @@ class ProcessorNeeds:
         max_text_tokens: longest text, marks of start and end included.
         vocab_size: token ids must be smaller.
         source: folder with the tokenizer that comes with the backbone.
+        tokenizer: makes the library's tokenizer of a backbone without a folder.
+        image_mean: per channel, of values in [0, 1]; None for CLIP's.
+        image_std: likewise.
     """
 
     image_size: int = 0
     max_text_tokens: int = 0
     vocab_size: int = 0
     source: str | None = None
+    tokenizer: Callable[[], Any] | None = None
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
 
 
 class Edit(Protocol):

@@ -1,6 +1,6 @@
 """CLIP as towers: `transformers`' CLIPModel taken apart into its own modules.
 
-Axes: N rows, L tokens, D width, P extra key/value pairs, H heads, K width of a head.
+Axes: N rows, L tokens, D width.
 """
 
 from __future__ import annotations
@@ -8,49 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModel
 
+from mm_moe.backbones.attention import attend_with_extra
 from mm_moe.backbones.base import Backbone, Payload, ProcessorNeeds, Tower, run_feed_forward
 from mm_moe.batch import IMAGE, TEXT
 from mm_moe.errors import CheckpointError, ConfigError
 from mm_moe.moe.layer import RoutingRecord
 
 LEGACY_EOS = 2  # configs from before the id was stored right: the largest id of a row is its end
-
-
-def attend_with_extra(
-    attention: Any,
-    x_NLD: Tensor,
-    keys_values: tuple[Tensor, Tensor],
-    *,
-    causal: bool,
-) -> Tensor:
-    """CLIPAttention in which every token also sees P given keys and values (not projected)."""
-    num_rows, length, width = x_NLD.shape
-    key_NPD, value_NPD = keys_values
-
-    def heads(y: Tensor) -> Tensor:
-        return y.view(num_rows, -1, attention.num_heads, attention.head_dim).transpose(1, 2)
-
-    query_NHLK = heads(attention.q_proj(x_NLD))
-    key_NHLK = heads(torch.cat([key_NPD, attention.k_proj(x_NLD)], dim=1))
-    value_NHLK = heads(torch.cat([value_NPD, attention.v_proj(x_NLD)], dim=1))
-    allowed = None
-    if causal:
-        extra = key_NPD.shape[1]
-        allowed = torch.ones(length, extra + length, dtype=torch.bool, device=x_NLD.device)
-        allowed = allowed.tril(diagonal=extra)
-    out_NHLK = F.scaled_dot_product_attention(
-        query_NHLK,
-        key_NHLK,
-        value_NHLK,
-        attn_mask=allowed,
-        dropout_p=attention.dropout if attention.training else 0.0,
-        scale=attention.scale,
-    )
-    return attention.out_proj(out_NHLK.transpose(1, 2).reshape(num_rows, length, width))
 
 
 class ClipTower(Tower):
@@ -83,7 +50,17 @@ class ClipTower(Tower):
         if keys_values is None:
             y_NLD, _ = layer.self_attn(y_NLD, attention_mask=None, is_causal=self.causal)
         else:
-            y_NLD = attend_with_extra(layer.self_attn, y_NLD, keys_values, causal=self.causal)
+            attention = layer.self_attn
+            y_NLD = attend_with_extra(
+                attention.q_proj(y_NLD),
+                attention.k_proj(y_NLD),
+                attention.v_proj(y_NLD),
+                keys_values,
+                num_heads=attention.num_heads,
+                causal=self.causal,
+                dropout=attention.dropout if attention.training else 0.0,
+            )
+            y_NLD = attention.out_proj(y_NLD)
         x_NLD = x_NLD + y_NLD
         y_NLD, record = run_feed_forward(
             layer.mlp, layer.layer_norm2(x_NLD), mask_NL, self.modality_index

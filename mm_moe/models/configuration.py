@@ -30,8 +30,9 @@ class MultimodalMoEConfig(PreTrainedConfig):
         prompt: name in the registry of prompts, or `pkg.mod:Class`.
         prompt_config: the prompt's options.
         label_names: names of the classes; sets `num_labels`, `id2label` and `label2id`.
-        feature_norm: bring each feature to mean 0 and variance 1 before the head. An untuned linear
-            head then learns at one rate whatever the scale of the tower's projection.
+        feature_norm: bring each feature to mean 0 and variance 1 before the head, which then learns
+            at one rate whatever the scale of the tower's projection. (Features of length 1 trained
+            worse: a loss of 1.5 against 0.5 after 150 steps of the small CLIP from scratch.)
 
     `num_labels` is 0 for a model without a head, which has a `logit_scale` instead (contrastive
     pretraining).

@@ -20,6 +20,7 @@ from transformers import (
     CLIPProcessor,
     PreTrainedTokenizerBase,
 )
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mm_moe.backbones.base import ProcessorNeeds
 from mm_moe.batch import IMAGE, TEXT
@@ -141,7 +142,10 @@ def _image_processor(places: list[str], needs: ProcessorNeeds) -> ImageProcessor
                 continue  # a Hub name without image settings
     side = needs.image_size
     library = CLIPImageProcessor(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=needs.image_mean or OPENAI_CLIP_MEAN,
+        image_std=needs.image_std or OPENAI_CLIP_STD,
     )
     return ImageProcessor(library)
 
@@ -153,13 +157,19 @@ def _text_processor(places: list[str], needs: ProcessorNeeds) -> TextProcessor:
                 tokenizer = AutoTokenizer.from_pretrained(place)
             except (OSError, ValueError):
                 continue  # a Hub name without a tokenizer
-            if len(tokenizer) > needs.vocab_size:
-                raise ConfigError(
-                    f"the tokenizer of {place!r} has {len(tokenizer)} tokens, the text tower room "
-                    f"for {needs.vocab_size}; give the tokenizer that the model was made with."
-                )
-            return TextProcessor(tokenizer, max_tokens=needs.max_text_tokens)
+            return _fitting(tokenizer, place, needs)
+    if needs.tokenizer is not None:
+        return _fitting(needs.tokenizer(), "the backbone", needs)
     looked = ", ".join(map(repr, places)) or "nowhere, as no place was given"
     raise ConfigError(
         f"no tokenizer found (looked in: {looked}); give a folder or Hub name that has one."
     )
+
+
+def _fitting(tokenizer: Any, place: str, needs: ProcessorNeeds) -> TextProcessor:
+    if len(tokenizer) > needs.vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {place!r} has {len(tokenizer)} tokens, the text tower room for "
+            f"{needs.vocab_size}; give the tokenizer that the model was made with."
+        )
+    return TextProcessor(tokenizer, max_tokens=needs.max_text_tokens)

@@ -23,6 +23,25 @@ TINY = {  # small settings, so that the test is quick
         "vision_config": TOWER | {"image_size": 16, "patch_size": 8},
         "projection_dim": 8,
     },
+    "open_clip": {
+        "model_cfg": {
+            "embed_dim": 8,
+            "vision_cfg": {
+                "image_size": 16,
+                "patch_size": 8,
+                "width": 16,
+                "layers": 2,
+                "head_width": 8,
+            },
+            "text_cfg": {
+                "context_length": 9,
+                "vocab_size": 40,
+                "width": 16,
+                "heads": 2,
+                "layers": 2,
+            },
+        }
+    },
 }
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from mm_moe.backbones.clip import ClipBackbone, attend_with_extra, json_fields
+from mm_moe.backbones.attention import attend_with_extra
+from mm_moe.backbones.clip import ClipBackbone, json_fields
 from mm_moe.backbones.clip_small import SmallClipBackbone
 from mm_moe.backbones.weights import save_weights
 from mm_moe.errors import CheckpointError, ConfigError
@@ -68,12 +69,25 @@ def test_settings_rebuild_the_same_shapes(tmp_path):
 
 
 def test_extra_keys_of_length_zero_change_nothing():
-    tower = ClipBackbone(json_fields(tiny_config())).towers["text"]
-    x_NLD = torch.randn(2, 5, 32)
-    none = (torch.zeros(2, 0, 32), torch.zeros(2, 0, 32))
-    attention = tower.layers[0].self_attn
-    plain = attention(x_NLD, attention_mask=None, is_causal=True)[0]
-    assert torch.allclose(attend_with_extra(attention, x_NLD, none, causal=True), plain, atol=1e-6)
+    for tower in ClipBackbone(json_fields(tiny_config())).towers.values():
+        x_NLD = torch.randn(2, 5, tower.width)
+        none = (torch.zeros(2, 0, tower.width), torch.zeros(2, 0, tower.width))
+        plain, _ = tower.block(0, x_NLD)
+        assert torch.allclose(tower.block(0, x_NLD, None, none)[0], plain, atol=1e-6)
+
+
+def test_extra_keys_by_hand():
+    # one head, width 1: query 0 weighs all keys alike, so that the output is a mean of values
+    query_NLD = key_NLD = torch.zeros(1, 2, 1)
+    value_NLD = torch.tensor([[[3.0], [6.0]]])
+    extra = (torch.zeros(1, 1, 1), torch.tensor([[[9.0]]]))
+    out = attend_with_extra(query_NLD, key_NLD, value_NLD, extra, num_heads=1, causal=True)
+    assert out.flatten().tolist() == [6.0, 6.0]  # (9 + 3) / 2 and (9 + 3 + 6) / 3
+    out = attend_with_extra(query_NLD, key_NLD, value_NLD, extra, num_heads=1, causal=False)
+    assert out.flatten().tolist() == [6.0, 6.0]
+    value_NLD[0, 1] = 0.0
+    out = attend_with_extra(query_NLD, key_NLD, value_NLD, extra, num_heads=1, causal=True)
+    assert out.flatten().tolist() == [6.0, 4.0]
 
 
 def test_blank_row_runs_in_every_tower():
