@@ -22,6 +22,8 @@ def reading(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except GeneratorExit:  # at the interpreter's end the names below may be gone already
+        raise
     except (OSError, ValueError, pa.ArrowException, DatasetsError) as error:
         raise DataError(
             f"{what} cannot be read: {type(error).__name__}; check its files."
