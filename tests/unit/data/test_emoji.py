@@ -109,6 +109,6 @@ def test_errors(tmp_path):
 
 
 def test_the_notice_names_every_licence():
-    notice = EMBEDDED.with_name("NOTICE").read_text()
+    notice = EMBEDDED.with_name("NOTICE.txt").read_text()
     for words in ("Cal Henderson", "The MIT License", "Apache License, Version 2.0", "CC-BY 4.0"):
         assert words in notice
