@@ -20,14 +20,14 @@ PACKAGE_DATA = (
     *("NOTICE*", "LICENSE*", "*.sbatch"),
 )
 
-# A lower bound is the oldest release that the test suite has passed with. No upper bounds: pip then
+# Lower bounds are the oldest releases that were tried with tests. No upper bounds: pip then
 # takes the newest torch and the torchvision built for it. Holding torch back pairs it with a
 # torchvision of another release, whose import fails (`torchvision::nms does not exist`).
 REQUIREMENTS = [
     "torch>=2.11",
     "torchvision>=0.26",
     "deepspeed>=0.19",
-    "transformers>=5",
+    "transformers>=5.4",  # configurations became dataclasses
     "open-clip-torch>=3",
     "datasets>=5",
     "accelerate>=1.10",
