@@ -45,8 +45,9 @@ def build_model(
 
 def _is_own(pretrained: str) -> bool:
     """Whether a folder or Hub name holds a model of this library."""
-    if pretrained == "builtin" or Path(pretrained).is_file():
-        return False
+    path = Path(pretrained)
+    if path.is_file() or not (path.is_dir() or pretrained.count("/") == 1):
+        return False  # a file, a tag, "builtin"
     try:
         fields, _ = PreTrainedConfig.get_config_dict(pretrained)
     except (OSError, ValueError):

@@ -105,8 +105,9 @@ def test_a_lost_tensor_is_an_error(tmp_path):
         MultimodalMoEModel.from_pretrained(tmp_path)
 
 
-def test_half_precision_round_trip(tmp_path):
-    model = trained_model().to(torch.bfloat16)
+@pytest.mark.parametrize("prompt", ["none", "missing_aware", "replay", "correlated"])
+def test_half_precision_round_trip(prompt, tmp_path):
+    model = trained_model(prompt=prompt).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     again = MultimodalMoEModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     batch = batch_of([BOTH])
