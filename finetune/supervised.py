@@ -15,7 +15,7 @@ from mm_moe.batch import IGNORED_LABEL, Batch
 from mm_moe.errors import ConfigError
 
 
-def task_loss(logits_BC: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+def task_loss(logits_BC: Tensor, labels: Tensor | None, problem_type: str) -> Tensor:
     """Mean loss over the rows that have a label, a float32 scalar.
 
     Cross-entropy, binary cross-entropy over classes, or absolute error, by `problem_type`. A batch
@@ -24,8 +24,10 @@ def task_loss(logits_BC: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     backward pass.
 
     Raises:
-        ConfigError: unknown problem type.
+        ConfigError: unknown problem type, or data without labels.
     """
+    if labels is None:
+        raise ConfigError("the data set has no labels; take the objective contrastive instead.")
     logits_BC = logits_BC.float()
     if problem_type == "single_label_classification":
         keep_B = labels != IGNORED_LABEL

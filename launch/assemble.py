@@ -143,9 +143,8 @@ def prepare_run(
     callbacks: list[TrainerCallback],
 ) -> Run:
     """Build the model, spread its experts over `ep_size` processes and make its trainer."""
-    config = model_config(settings, source, prompt=prompt)
-    model = dense_model(settings, config)
-    model = make_expert_parallel(model, ep_size=ep_size)
+    model = dense_model(settings, model_config(settings, source, prompt=prompt))
+    make_expert_parallel(model, ep_size=ep_size)
     processors = processors_for(model.config, source=settings.model.pretrained)
     scorer = Scorer(
         model,

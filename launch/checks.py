@@ -180,8 +180,8 @@ def check_same_model(resume: Path, config: dict[str, Any]) -> None:
         CheckpointError: lists the settings that differ.
     """
     saved = json.loads((resume / "config.json").read_text())
-    keys = ("backbone", "backbone_config", "modalities", "moe", "moe_layers", "prompt")
-    keys += ("prompt_config", "num_labels", "problem_type")
+    keys = ["backbone", "backbone_config", "modalities", "moe", "moe_layers", "prompt"]
+    keys += ["prompt_config", "num_labels", "problem_type"]
     differing = [
         f"{key} was {saved.get(key)!r}, is {config.get(key)!r}"
         for key in keys

@@ -71,7 +71,7 @@ class RecipeParser(HfArgumentParser):
             RunArguments,
             TrainingArguments,
         )
-        super().__init__(types, allow_abbrev=False)
+        super().__init__(types, allow_abbrev=False)  # type: ignore[arg-type]
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """Turn argparse's complaint into a `ConfigError`."""

@@ -42,28 +42,11 @@ def git_commit() -> str:
 
 def arguments_of(run: Run) -> dict[str, Any]:
     """Every argument of the run as plain JSON values; secrets are left out."""
-    merged: dict[str, Any] = {}
-    for part in dataclasses.astuple(_Parts.of(run)):
-        merged.update(part)
+    settings = run.settings
+    merged = settings.training.to_sanitized_dict()
+    for part in (settings.model, settings.moe, settings.prompt, settings.data, settings.run):
+        merged.update(dataclasses.asdict(part))
     return {key: value for key, value in merged.items() if key not in SECRET_FLAGS}
-
-
-@dataclasses.dataclass
-class _Parts:
-    model: dict
-    moe: dict
-    prompt: dict
-    data: dict
-    run: dict
-    training: dict
-
-    @classmethod
-    def of(cls, run: Run) -> _Parts:
-        settings = run.settings
-        own = (settings.model, settings.moe, settings.prompt, settings.data, settings.run)
-        return cls(
-            *(dataclasses.asdict(part) for part in own), settings.training.to_sanitized_dict()
-        )
 
 
 def next_commands(run: Run, folder: Path) -> dict[str, str]:
@@ -133,9 +116,13 @@ def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> No
     if run.settings.run.final_evaluation and run.source.problem_type != "none":
         data = run.settings.data
         prior = train_prior(run.source, data.train_split)
-        how = {"prior": prior, "split": data.test_split, "seed": data.missing_seed}
         for entry in (run, *others):
-            models[_title(entry)] = entry.scorer.score(ratio=data.missing_ratio, **how)
+            models[_title(entry)] = entry.scorer.score(
+                prior=prior,
+                split=data.test_split,
+                ratio=data.missing_ratio,
+                seed=data.missing_seed,
+            )
     if not runtime.is_main():
         return
     write_run_file(run, folder, argv)
@@ -145,10 +132,8 @@ def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> No
         document = scores_document(models, expert_load=load)
         (folder / "scores.json").write_text(json.dumps(document, indent=1))
         print(format_table(document))
-    if run.scorer.bad_ids:
-        print(
-            f"{len(run.scorer.bad_ids)} sample(s) did not decode: {', '.join(run.scorer.bad_ids[:5])}"
-        )
+    if bad := run.scorer.bad_ids:
+        print(f"{len(bad)} sample(s) did not decode: {', '.join(bad[:5])}")
     report = write_report(folder)
     print(f"run: {folder}\nreport and pictures: {report}")
     for what, command in next_commands(run, folder).items():

@@ -60,7 +60,7 @@ def train_one(
 ) -> Run:
     """Train one model and return it, still spread over the ranks."""
     training = settings.training
-    folder = Path(training.output_dir)
+    folder = Path(str(training.output_dir))
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     run = prepare_run(
         settings,
@@ -129,7 +129,7 @@ def execute(parser: RecipeParser, values: argparse.Namespace, argv: list[str]) -
         settings = parser.build(values)
         prompt = settings.prompt.prompt
         run = train_one(settings, source, prompt=prompt, title=prompt, resume=resume)
-        folder = Path(settings.training.output_dir)
+        folder = run.trainer.folder
         run.trainer.save_model(str(folder / "final"))
         write_run_file(run, folder, argv)
         others = [

@@ -7,6 +7,7 @@ checkpoint written at one expert-parallel size is read at any other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,32 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, MoELayer |
     return (entry for entry in parameters_with_owner(model) if entry[1].requires_grad)
 
 
-def optimizer_tensors(engine) -> tuple[dict[str, Tensor], int]:
+def _is_sharded(engine: Any) -> bool:
+    """Whether ZeRO (stage 1 or 2) holds the optimizer's state in flat partitions."""
+    return hasattr(engine.optimizer, "single_partition_of_fp32_groups")
+
+
+def _read_state(engine: Any, parameter: Any, key: str) -> Tensor:
+    """One float32 state of a parameter, as large as this rank's parameter. A collective."""
+    if _is_sharded(engine):
+        return parameter.get_full_hp_param(None if key == MASTER else key)
+    return parameter if key == MASTER else engine.optimizer.state[parameter][key]
+
+
+def _write_state(engine: Any, parameter: Any, key: str, value: Tensor, step: int) -> None:
+    """Put one state of a parameter back."""
+    value = value.to(parameter.device)
+    if _is_sharded(engine):
+        parameter.set_full_hp_param(value, None if key == MASTER else key)
+    elif key == MASTER:
+        parameter.data.copy_(value)
+    else:
+        state = engine.optimizer.state[parameter]
+        state[key] = value.to(parameter.dtype).clone()
+        state["step"] = torch.tensor(float(step))
+
+
+def optimizer_tensors(engine: Any) -> tuple[dict[str, Tensor], int]:
     """Adam moments and float32 masters by logical name, and the optimizer's step count.
 
     A collective over all ranks; every rank gets the full result.
@@ -82,57 +108,42 @@ def optimizer_tensors(engine) -> tuple[dict[str, Tensor], int]:
     Args:
         engine: a DeepSpeed engine at ZeRO stage 0, 1 or 2 with a torch Adam-type optimizer.
     """
-    sharded = hasattr(engine.optimizer, "single_partition_of_fp32_groups")
-    base = engine.optimizer.optimizer if sharded else engine.optimizer
-    if sharded:
+    base = engine.optimizer
+    if _is_sharded(engine):
+        base = base.optimizer
         _link_states(engine.optimizer)
     tensors: dict[str, Tensor] = {}
     for name, parameter, owner in _trainable(engine.module):
         for key in (*MOMENTS, MASTER):
-            if sharded:
-                value = parameter.get_full_hp_param(None if key == MASTER else key)
-            elif key == MASTER:
-                continue
-            else:
-                value = base.state[parameter][key]
+            value = _read_state(engine, parameter, key)
             value = value if owner is None else gather_experts(value, owner)
             tensors[f"{key}/{name}"] = value.detach().to("cpu", torch.float32).contiguous()
     step = max((int(entry["step"]) for entry in base.state.values() if "step" in entry), default=0)
     return tensors, step
 
 
-def load_optimizer(engine, read: Callable[[str], Tensor], step: int) -> None:
-    """Put logical moments and masters back, at any ZeRO stage <= 2 and any layout."""
-    sharded = hasattr(engine.optimizer, "single_partition_of_fp32_groups")
-    if sharded:
+def load_optimizer(engine: Any, read: Callable[[str], Tensor], step: int) -> None:
+    """Put logical moments and masters back, at any ZeRO stage <= 2 and any layout.
+
+    Raises:
+        CheckpointError: a trainable parameter has no state in the checkpoint; names it.
+    """
+    if _is_sharded(engine):
         _create_flat_states(engine.optimizer, step)
     for name, parameter, owner in _trainable(engine.module):
         for key in (*MOMENTS, MASTER):
             try:
                 value = read(f"{key}/{name}")
             except KeyError as error:
-                if key == MASTER:  # written without ZeRO: the weights are the masters
-                    value = parameter.detach().float()
-                    owner_of_value = None
-                else:
-                    raise CheckpointError(
-                        f"the checkpoint has no optimizer state for {name!r}; it was frozen in the "
-                        "run that wrote it. Resume with that run's settings."
-                    ) from error
-            else:
-                owner_of_value = owner
-            if owner_of_value is not None:
-                value = slice_experts(value, owner_of_value)
-            value = value.to(parameter.device)
-            if sharded:
-                parameter.set_full_hp_param(value, None if key == MASTER else key)
-            elif key != MASTER:
-                state = engine.optimizer.state[parameter]
-                state[key] = value.to(parameter.dtype).clone()
-                state["step"] = torch.tensor(float(step))
+                raise CheckpointError(
+                    f"the checkpoint has no optimizer state for {name!r}; it was frozen in the "
+                    "run that wrote it. Resume with that run's settings."
+                ) from error
+            value = value if owner is None else slice_experts(value, owner)
+            _write_state(engine, parameter, key, value, step)
 
 
-def _create_flat_states(zero_optimizer, step: int) -> None:
+def _create_flat_states(zero_optimizer: Any, step: int) -> None:
     """Make the moments that ZeRO would only create at its first step, to fill them."""
     for flat in zero_optimizer.single_partition_of_fp32_groups:
         zero_optimizer.optimizer.state[flat] = {
@@ -142,7 +153,7 @@ def _create_flat_states(zero_optimizer, step: int) -> None:
     _link_states(zero_optimizer)
 
 
-def _link_states(zero_optimizer) -> None:
+def _link_states(zero_optimizer: Any) -> None:
     """Give every parameter the view of its moments.
 
     DeepSpeed 0.19.8 links all groups after the first group's first step, when the moments of the

@@ -60,6 +60,7 @@ class MultimodalMoEModel(PreTrainedModel):
             Sparse layers start as copies of its feed-forwards.
     """
 
+    config: MultimodalMoEConfig
     config_class = MultimodalMoEConfig
     main_input_name = "present"
     _supports_sdpa = True
@@ -97,7 +98,7 @@ class MultimodalMoEModel(PreTrainedModel):
                 on_meta = next(dense.parameters()).is_meta
                 sparse = upcycle(
                     dense,
-                    settings=MoESettings.from_dict(self.config.moe),
+                    settings=MoESettings.from_dict(self.config.moe or {}),
                     noise=0.0 if on_meta else self.config.upcycle_noise,
                 )
                 setattr(parent, attribute, sparse)

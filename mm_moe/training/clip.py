@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 
-from mm_moe.moe.parallel import is_expert_parameter
-
 
 def global_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     """L2 norm of all reduced gradients: dense ones once, experts once over their group.
@@ -23,7 +21,7 @@ def global_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     for parameter in parameters:
         if parameter.grad is None:
             continue
-        key = parameter.group_name if is_expert_parameter(parameter) else None
+        key = getattr(parameter, "group_name", None)
         square = parameter.grad.detach().float().square().sum()
         squares[key] = squares.get(key, torch.zeros_like(square)) + square
     total = torch.zeros((), device=parameters[0].device)

@@ -45,7 +45,7 @@ def parameter_groups(
                 "params": [],
                 "weight_decay": weight_decay if decays else 0.0,
                 "lr": learning_rate * key[2],
-                "name": parameter.group_name if expert else f"dense-{len(groups)}",
+                "name": vars(parameter)["group_name"] if expert else f"dense-{len(groups)}",
                 **({"moe": True} if expert else {}),
             }
         groups[key]["params"].append(parameter)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mm_moe.batch import Batch
+from mm_moe.batch import IGNORED_LABEL, Batch
 from mm_moe.training.runtime import any_rank, gather_objects
 
 
@@ -71,7 +71,7 @@ def predict(model: nn.Module, batches: Iterable[Batch], *, num_modalities: int) 
             zip(
                 batch.ids,
                 logits,
-                batch.labels.cpu().numpy(),
+                _labels(batch),
                 batch.present.cpu().numpy(),
                 strict=True,
             )
@@ -84,6 +84,13 @@ def predict(model: nn.Module, batches: Iterable[Batch], *, num_modalities: int) 
     return Predictions(
         list(columns[0]), np.array(columns[1]), np.array(columns[2]), np.array(columns[3])
     )
+
+
+def _labels(batch: Batch) -> np.ndarray:
+    """The labels of a batch; without any, one mark per row that says so."""
+    if batch.labels is None:
+        return np.full(len(batch.ids), IGNORED_LABEL)
+    return batch.labels.cpu().numpy()
 
 
 def _floats_as(batch: Batch, dtype: torch.dtype) -> Batch:

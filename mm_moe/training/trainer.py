@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 
 from mm_moe.batch import Batch
-from mm_moe.checkpoint import store
 from mm_moe.training import state
 from mm_moe.training.clip import clip_without_zero
 from mm_moe.training.meter import Meter
@@ -34,6 +33,9 @@ class MultimodalTrainer(Trainer):
         **kwargs: what `transformers.Trainer` takes.
     """
 
+    model: torch.nn.Module
+    data_collator: Any
+
     def __init__(
         self,
         *,
@@ -43,16 +45,19 @@ class MultimodalTrainer(Trainer):
         save_extra: Callable[[Path], None] = lambda folder: None,
         **kwargs: Any,
     ) -> None:
-        self.objective = objective
+        self.objective: Objective = objective
         self.make_stream = make_stream
         self.learning_rate_scale = learning_rate_scale
         self.save_extra = save_extra
         self.meter = Meter()
         self._resume_dir: Path | None = None
+        self._steps_before = self._samples_before = 0  # of the run that is resumed
         super().__init__(train_dataset=make_stream(0), **kwargs)
         self.model_accepts_loss_kwargs = False  # the objective averages over its own rows
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
         """Train; `resume_from_checkpoint` is a checkpoint folder that `store.verify` accepts."""
         self._resume_dir = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
         self.args.ignore_data_skip = True  # the stream itself starts at the right sample
@@ -63,7 +68,7 @@ class MultimodalTrainer(Trainer):
         consumed = 0
         if self._resume_dir is not None:
             done = json.loads((self._resume_dir / state.PROGRESS).read_text())
-            consumed = int(done["samples"])
+            consumed, self._steps_before = int(done["samples"]), int(done["step"])
         self._samples_before = consumed
         workers = self.args.dataloader_num_workers
         return DataLoader(
@@ -78,7 +83,7 @@ class MultimodalTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over decay x dense/expert groups."""
         if self.optimizer is None:
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
             groups = parameter_groups(
                 self.model,
                 weight_decay=self.args.weight_decay,
@@ -121,16 +126,14 @@ class MultimodalTrainer(Trainer):
         return self._samples_before + steps * batch * self.args.gradient_accumulation_steps
 
     @property
-    def _steps_before(self) -> int:
-        if self._resume_dir is None:
-            return 0
-        resumed = TrainerState.load_from_json(str(self._resume_dir / store.TRAINER_STATE))
-        return resumed.global_step
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(str(self.args.output_dir))
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write `checkpoint-STEP` aside and publish it when every rank is done."""
         state.save(
-            Path(self.args.output_dir),
+            self.folder,
             engine=self.model_wrapped,
             scheduler=self.lr_scheduler,
             trainer_state=self.state,
@@ -141,6 +144,4 @@ class MultimodalTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a Hugging Face folder with all experts; every rank must call it."""
-        state.save_weights(
-            Path(output_dir or self.args.output_dir), self.model, save_extra=self.save_extra
-        )
+        state.save_weights(Path(output_dir or self.folder), self.model, save_extra=self.save_extra)
