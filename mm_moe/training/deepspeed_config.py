@@ -53,11 +53,10 @@ def check_deepspeed_config(
         world_size: number of processes.
 
     Raises:
-        ConfigError: ZeRO-3, fp16, low precision at ZeRO-0, DeepSpeed's own optimizer or scheduler,
-        or
-            two values for one thing; names both and a way out.
+        ConfigError: a section that is no object, ZeRO-3, fp16, low precision at ZeRO-0, DeepSpeed's
+            own optimizer or scheduler, or two values for one thing; names both and a way out.
     """
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    stage = _section(config, "zero_optimization").get("stage", 0)
     if stage not in (0, 1, 2):
         raise ConfigError(
             f"zero_optimization.stage {stage} does not work with DeepSpeed's expert layers; "
@@ -79,7 +78,7 @@ def check_deepspeed_config(
         f"per_device_train_batch_size x gradient_accumulation_steps x {world_size} processes",
     )
     for precision in ("bf16", "fp16"):
-        enabled = config.get(precision, {}).get("enabled", "auto")
+        enabled = _section(config, precision).get("enabled", "auto")
         _must_match(enabled, bool(flags[precision]), f"{precision}.enabled", precision)
     if flags["fp16"]:
         raise ConfigError("--fp16 needs loss scaling that is not checkpointed here; take --bf16.")
@@ -88,6 +87,16 @@ def check_deepspeed_config(
             "--bf16 at ZeRO stage 0: DeepSpeed leaves the experts out of the clip norm there; "
             "take ds_configs/zero1.json."
         )
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    section = config.get(key, {})
+    if not isinstance(section, dict):
+        raise ConfigError(
+            f"the DeepSpeed file sets {key!r} to {section!r}, which must be an object; "
+            "copy it from ds_configs/zero2.json."
+        )
+    return section
 
 
 def _must_match(in_file: Any, in_flags: Any, key: str, flag: str) -> None:
