@@ -36,6 +36,16 @@ def check_names(values: argparse.Namespace) -> None:
         PROMPTS.check(prompt)
 
 
+def check_json(values: argparse.Namespace) -> None:
+    """Refuse flags that should hold a JSON object and do not.
+
+    Raises:
+        ConfigError: names flag, line and column.
+    """
+    for flag in ("backbone_config", "moe_config", "prompt_config", "dataset_options"):
+        parse_json(flag, getattr(values, flag))
+
+
 def deepspeed_settings(values: argparse.Namespace) -> dict[str, Any]:
     """The checked DeepSpeed settings of the run; without `--deepspeed`, the shipped ZeRO-2 ones.
 
@@ -152,15 +162,17 @@ def resume_point(values: argparse.Namespace) -> Path | None:
     return store.find(Path(values.output_dir), wanted)
 
 
-def check_output(values: argparse.Namespace, *, resuming: bool) -> None:
-    """Refuse to write over another run.
+def check_output(values: argparse.Namespace, *, resume: Path | None) -> None:
+    """Refuse to write over another run; the run that is resumed may go on in its own folder.
 
     Raises:
         ConfigError: the folder holds something already.
     """
-    if resuming or not values.output_dir:
+    if not values.output_dir:
         return
     folder = Path(values.output_dir)
+    if resume is not None and resume.resolve().parent == folder.resolve():
+        return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "another run" if (folder / RUN_FILE).exists() else "files"
         raise ConfigError(

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -59,6 +59,14 @@ class Settings:
     training: TrainingArguments
 
 
+class ProgramParser(argparse.ArgumentParser):
+    """`ArgumentParser` that raises `ConfigError` instead of printing a usage page."""
+
+    def error(self, message: str) -> NoReturn:
+        """Turn argparse's complaint into a `ConfigError`."""
+        raise ConfigError(f"{message}; --help lists the flags.")
+
+
 class RecipeParser(HfArgumentParser):
     """`HfArgumentParser` that raises `ConfigError` instead of printing a usage page."""
 
@@ -90,7 +98,7 @@ class RecipeParser(HfArgumentParser):
             wrong
                 type.
         """
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first = ProgramParser(add_help=False, allow_abbrev=False)
         first.add_argument("--config", default=DEFAULT_RECIPE)
         recipe_path = first.parse_known_args(argv)[0].config
         recipe = read_recipe(recipe_path)

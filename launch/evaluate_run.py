@@ -6,14 +6,13 @@ Reads `RUN/final` (or a checkpoint of the run) without DeepSpeed, and writes
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from eval.patterns import scores_document
 from eval.report import format_table
-from launch.cli import run_program
+from launch.cli import ProgramParser, run_program
 from launch.scoring import Scorer, train_prior
 from mm_moe.arguments import parse_json
 from mm_moe.checkpoint import store
@@ -40,7 +39,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Load, score, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ProgramParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a folder that launch/train.py wrote")
     parser.add_argument("--split", help="split to score (default: the run's test split)")
     parser.add_argument("--checkpoint", help="checkpoint-N or latest, instead of final/")

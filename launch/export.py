@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
 
-from launch.cli import run_program
+from launch.cli import ProgramParser, run_program
 from mm_moe.checkpoint import hub, store
 from mm_moe.errors import CheckpointError, ConfigError
 
@@ -39,7 +38,7 @@ def model_folder(run: Path, checkpoint: str | None) -> Path:
 
 def main(argv: list[str]) -> int:
     """Copy and push."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ProgramParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a folder that launch/train.py wrote")
     parser.add_argument("--output", type=Path, help="write the Hugging Face folder here")
     parser.add_argument("--push_to_hub", metavar="ORG/NAME", help="upload it under this name")

@@ -79,13 +79,25 @@ def missing_table(run: Run) -> dict[str, Any]:
     return described
 
 
+def without_secrets(argv: list[str]) -> list[str]:
+    """A command line without the flags that hold a secret, and without what looks like a token."""
+    kept: list[str] = []
+    secret = False  # whether the word is the value of a secret flag
+    for word in argv:
+        if word.startswith("--"):
+            secret = word[2:].split("=")[0].replace("-", "_") in SECRET_FLAGS
+        if not secret and not word.split("=")[-1].startswith("hf_"):
+            kept.append(word)
+    return kept
+
+
 def write_run_file(run: Run, folder: Path, argv: list[str]) -> None:
     """Write `run.json`: arguments, versions, data and mask hashes, commit, next commands."""
     if not runtime.is_main():
         return
     config = json.dumps(run.model.config.to_dict(), sort_keys=True, default=str)
     record = {
-        "command": ["launch/train.py", *(word for word in argv if "hf_" not in word)],
+        "command": ["launch/train.py", *without_secrets(argv)],
         "arguments": arguments_of(run),
         "versions": {
             "python": platform.python_version(),

@@ -108,13 +108,14 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
         The data set and the verified checkpoint to resume from, if any.
     """
     checks.check_names(values)
+    checks.check_json(values)
     checks.in_range(values)
     checks.settle_batch(values, argv)
     values.deepspeed = checks.deepspeed_settings(values)
     ep_size = checks.expert_layout(values)
     source = checks.open_source(values)
     resume = checks.resume_point(values)
-    checks.check_output(values, resuming=resume is not None)
+    checks.check_output(values, resume=resume)
     settle(values, ep_size, source)
     return source, resume
 

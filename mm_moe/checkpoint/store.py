@@ -61,24 +61,31 @@ def verify(folder: Path) -> int:
         CheckpointError: the folder, its manifest or a file of it is missing, truncated or altered.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"checkpoint {str(folder)!r} does not exist.")
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} does not exist; name a checkpoint-N folder of a run, or "
+            "latest."
+        )
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        step, files = int(manifest["step"]), dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint {str(folder)!r} is incomplete: no readable {MANIFEST}; "
             "resume from an earlier checkpoint-N."
         ) from error
-    for name, entry in manifest["files"].items():
+    for name, entry in files.items():
         file = folder / name
         if not file.is_file():
-            raise CheckpointError(f"checkpoint {str(folder)!r} is incomplete: {name} is missing.")
+            raise CheckpointError(
+                f"checkpoint {str(folder)!r} is incomplete: {name} is missing; "
+                "resume from an earlier checkpoint-N."
+            )
         if file.stat().st_size != entry["bytes"] or _digest(file) != entry["sha256"]:
             raise CheckpointError(
                 f"checkpoint {str(folder)!r} is damaged: {name} differs from its manifest; "
                 "resume from an earlier checkpoint-N."
             )
-    return int(manifest["step"])
+    return step
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
