@@ -226,7 +226,7 @@ def in_range(values: argparse.Namespace) -> None:
         "max_grad_norm": 0,
     }
     for flag, low in least.items():
-        if getattr(values, flag) < low:
+        if not getattr(values, flag) >= low:  # so that NaN is refused too
             raise ConfigError(f"--{flag} {getattr(values, flag)} must be at least {low}.")
     if values.moe_enable and values.top_k_experts > values.num_experts:
         raise ConfigError(

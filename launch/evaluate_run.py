@@ -30,7 +30,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     try:
         return json.loads((folder / "run.json").read_text())["arguments"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{str(folder)!r} is no run: it has no readable run.json; name a folder that "
             "launch/train.py wrote."
@@ -46,6 +46,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data_dir", help="folder of the data, where it has moved")
     parser.add_argument("--batch_size", type=int, default=128)
     options = parser.parse_args(argv)
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch_size {options.batch_size} must be at least 1.")
     saved = read_run(options.run)
     split = options.split or saved["test_split"]
     folder = options.run / "final"

@@ -52,7 +52,8 @@ def main(argv: list[str]) -> int:
     source = model_folder(options.run, options.checkpoint)
     target = options.output or source
     if options.output:
-        if options.output.exists() and any(options.output.iterdir()):
+        taken = not options.output.is_dir() or any(options.output.iterdir())
+        if options.output.exists() and taken:
             raise ConfigError(f"--output {str(options.output)!r} is not empty; name a new folder.")
         ignore = shutil.ignore_patterns(*RESUME_ONLY, "random-*.pt")
         shutil.copytree(source, options.output, ignore=ignore, dirs_exist_ok=True)
