@@ -220,6 +220,24 @@ def test_data_that_are_not_there(here):
     assert "absent" in said
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_label_outside_the_classes(here, split):
+    for name in ("train", "test"):
+        labels = ["a", "b", "zebra" if name == split else "a"]
+        rows = [
+            json.dumps({"key": f"{name}-{index}", "text": "word", "label": label})
+            for index, label in enumerate(labels)
+        ]
+        file(f"{name}.jsonl", "\n".join(rows))
+    columns = {"text_column": "text", "label_column": "label", "id_column": "key"}
+    options = json.dumps(columns | {"label_names": ["a", "b"]})
+    argv = ("--dataset", "columns", "--data_dir", str(here), "--dataset_options", options)
+    said = refused(DataError, *argv, "--missing_type", "none")
+    assert f"'{split}-2'" in said
+    assert "'zebra'" in said
+    assert "known: a, b" in said
+
+
 # ---- processes and experts -------------------------------------------------------------------
 
 
