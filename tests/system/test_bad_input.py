@@ -11,57 +11,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
+from refusals import file, refused, tree
 
-from launch import evaluate_run, export, train
 from mm_moe.checkpoint import store
-from mm_moe.errors import CheckpointError, ConfigError, DataError, MMMoEError, ParallelismError
+from mm_moe.errors import CheckpointError, ConfigError, DataError, ParallelismError
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def one_process():
-    """As started by hand; what a program sets in the environment goes with the test."""
-    with mock.patch.dict(os.environ):
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-            os.environ.pop(name, None)
-        yield
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder, with content."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-def refused(kind: type[MMMoEError], *argv: str, program=train, output: str | None = "run") -> str:
-    """What a program says when it refuses; checks the class, one line, and the untouched disk."""
-    words = [*argv, *(("--output_dir", output) if output and program is train else ())]
-    before = tree(Path.cwd())
-    with pytest.raises(MMMoEError) as caught:
-        program.main(words)
-    assert caught.type is kind, caught.value
-    assert tree(Path.cwd()) == before
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
-
-
-def file(name: str, text: str) -> str:
-    Path(name).write_text(text)
-    return name
 
 
 # ---- names -----------------------------------------------------------------------------------
@@ -364,61 +321,6 @@ def test_nothing_to_resume_from(here):
     assert "no good checkpoint" in refused(CheckpointError, "--resume_from_checkpoint", "latest")
     said = refused(CheckpointError, "--resume_from_checkpoint", "run/checkpoint-7")
     assert "does not exist; name a checkpoint-N" in said
-
-
-# ---- the other programs ----------------------------------------------------------------------
-
-
-def published(run: str) -> None:
-    """A run with a model that is complete enough to be copied."""
-    Path(run, "final").mkdir(parents=True)
-    Path(run, "final", store.WEIGHTS).write_bytes(b"weights")
-
-
-def test_what_export_refuses(here):
-    published("run")
-    assert "nothing to do: give --output" in refused(ConfigError, "run", program=export)
-    said = refused(CheckpointError, "absent", "--output", "copy", program=export)
-    assert "'absent' has no final/ model" in said
-    assert "--checkpoint latest" in said
-    Path("taken").mkdir()
-    file("taken/notes.txt", "mine")
-    said = refused(ConfigError, "run", "--output", "taken", program=export)
-    assert "--output 'taken' is not empty" in said
-    said = refused(ConfigError, "run", "--output", "taken/notes.txt", program=export)
-    assert "--output 'taken/notes.txt'" in said
-    argv = ("run", "--output", "copy", "--push_to_hub", "a b")
-    assert "write ORG/NAME" in refused(ConfigError, *argv, program=export)
-    argv = ("run", "--output", "copy", "--checkpoint")
-    assert "no good checkpoint" in refused(CheckpointError, *argv, "latest", program=export)
-    said = refused(CheckpointError, *argv, "checkpoint-7", program=export)
-    assert "run/checkpoint-7' does not exist" in said
-
-
-def test_what_evaluation_refuses(here):
-    said = refused(CheckpointError, "absent", program=evaluate_run)
-    assert "'absent' is no run" in said
-    Path("run").mkdir()
-    for text in ("{", "[]", "{}"):
-        file("run/run.json", text)
-        assert "no readable run.json" in refused(CheckpointError, "run", program=evaluate_run)
-    arguments = {"dataset": "emoji", "data_dir": None, "dataset_options": None}
-    arguments |= {"test_split": "test"}
-    file("run/run.json", json.dumps({"arguments": arguments}))
-    assert "has no final/" in refused(CheckpointError, "run", program=evaluate_run)
-    argv = ("run", "--checkpoint", "checkpoint-7")
-    assert "does not exist" in refused(CheckpointError, *argv, program=evaluate_run)
-    published("run")
-    said = refused(DataError, "run", "--split", "tset", program=evaluate_run)
-    assert "'tset'" in said
-    assert "test" in said
-    assert "--batch_size" in refused(ConfigError, "run", "--batch_size", "0", program=evaluate_run)
-
-
-@pytest.mark.parametrize("program", [export, evaluate_run])
-def test_flags_that_the_other_programs_do_not_know(here, program):
-    assert "--sylte" in refused(ConfigError, "run", "--sylte", "x", program=program)
-    assert "run" in refused(ConfigError, program=program)
 
 
 # ---- what a user sees ------------------------------------------------------------------------
