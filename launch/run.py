@@ -141,6 +141,7 @@ def execute(parser: RecipeParser, values: argparse.Namespace, argv: list[str]) -
                 title=f"comparison: {name}",
             )
             for name in settings.run.compare_with
+            if settings.run.final_evaluation  # comparisons live in the final table only
         ]
         finish_run(run, others, folder, argv)
     finally:

@@ -12,6 +12,8 @@ from tests.distributed.runs import column, train_here, write_recipe
 
 pytestmark = pytest.mark.distributed
 STAGES = ("zero0", "zero1", "zero2")
+SCORED = "zero2"  # scores and checkpoints are compared at one stage, losses at all
+LIGHT = ("--final_evaluation", "false", "--save_strategy", "no")
 
 
 def command(folder, name, *, stage="zero2", ep_size=1, more=()):
@@ -29,7 +31,13 @@ def runs(tmp_path_factory):
     for world, sizes in ((1, (1,)), (2, (1, 2))):
         cells = [(world, ep_size, stage) for ep_size in sizes for stage in STAGES]
         commands = [
-            command(folder, f"{world}-{ep_size}-{stage}", stage=stage, ep_size=ep_size)
+            command(
+                folder,
+                f"{world}-{ep_size}-{stage}",
+                stage=stage,
+                ep_size=ep_size,
+                more=() if stage == SCORED else LIGHT,
+            )
             for world, ep_size, stage in cells
         ]
         results = run_distributed(train_here, world, commands, timeout_s=400)[0]
@@ -49,6 +57,8 @@ def test_every_layout_follows_one_curve(runs, cell):
     norms = column(reference, "grad_norm")
     assert max(norms) > 0.1, "the clip must act for the test to mean anything"
     assert column(result, "grad_norm") == pytest.approx(norms, rel=1e-4)
+    if cell[2] != SCORED:
+        return
     assert result["scores"]["num_rows"] == reference["scores"]["num_rows"]
     for condition, metrics in reference["scores"]["models"]["replay"].items():
         assert result["scores"]["models"]["replay"][condition] == pytest.approx(metrics, abs=3e-3)
@@ -68,7 +78,7 @@ def test_resume_goes_on_with_the_same_curve_at_any_layout(runs, tmp_path, world,
         f"resumed-{world}-{stage}",
         stage=stage,
         ep_size=ep_size,
-        more=("--resume_from_checkpoint", str(start)),
+        more=(*LIGHT, "--resume_from_checkpoint", str(start)),
     )
     result = run_distributed(train_here, world, [argv], timeout_s=300)[0][0]
     assert [entry["step"] for entry in result["metrics"]] == list(range(11, 21))
