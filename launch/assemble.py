@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from launch.cli import Settings
-from launch.scoring import Scorer
+from launch.scoring import Scorer, train_prior
 from mm_moe.arguments import parse_json
 from mm_moe.data.collate import Collator
 from mm_moe.data.missing import MissingProtocol
@@ -120,6 +120,21 @@ class Run:
             epochs=None,
         )
 
+    def validation_scores(self) -> dict[str, float]:
+        """Scores of the validation split by condition and metric. A collective."""
+        data = self.settings.data
+        rows = self.scorer.score(
+            prior=train_prior(self.source, data.train_split),
+            split=data.validation_split,
+            ratio=data.missing_ratio,
+            seed=data.missing_seed,
+        )
+        return {
+            f"{row.condition.replace(' ', '_')}_{name}": value
+            for row in rows
+            for name, value in row.metrics.items()
+        }
+
     def save_extra(self, folder: Path) -> None:
         """Write the processor beside the weights."""
         save_processors(self.scorer.processors, folder)
@@ -165,6 +180,7 @@ def prepare_run(
         data_collator=collator,
         learning_rate_scale=learning_rate_scale(settings.run.new_prompt_lr_scale),
         save_extra=run.save_extra,
+        scores=run.validation_scores,
         callbacks=callbacks,
     )
     return run

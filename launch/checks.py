@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.cli import ROOT
 from mm_moe.arguments import parse_json
-from mm_moe.checkpoint import store
+from mm_moe.checkpoint import hub, store
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import CheckpointError, ConfigError
 from mm_moe.moe.parallel import check_layout, default_ep_size
@@ -121,6 +121,11 @@ def open_source(values: argparse.Namespace) -> DataSource:
         raise ConfigError(f"--dataset_options for {values.dataset!r}: {error}") from error
     needed = [values.train_split]
     if values.eval_strategy != "no":
+        if source.problem_type == "none":
+            raise ConfigError(
+                f"--eval_strategy {values.eval_strategy} needs labels, and {values.dataset!r} has "
+                "none; take --eval_strategy no."
+            )
         needed.append(values.validation_split)
     if values.final_evaluation and source.problem_type != "none":
         needed.append(values.test_split)
@@ -217,6 +222,42 @@ def check_same_model(resume: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{str(resume)!r} belongs to another model: {'; '.join(differing)}. "
             "Resume with the settings of that run."
+        )
+
+
+def push_target(values: argparse.Namespace) -> str | None:
+    """The repository that `--push_to_hub` means, if any.
+
+    Raises:
+        ConfigError: no name is given, or one that the Hub cannot have.
+    """
+    if not values.push_to_hub:
+        return None
+    if not values.hub_model_id:
+        raise ConfigError("--push_to_hub needs --hub_model_id ORG/NAME.")
+    hub.check_repo_id(values.hub_model_id)
+    return values.hub_model_id
+
+
+def check_supported(values: argparse.Namespace) -> None:
+    """Refuse flags of the library that are not honoured here, and weights that are not there.
+
+    Raises:
+        ConfigError: names the flag and what to do instead.
+    """
+    if values.load_best_model_at_end:
+        raise ConfigError(
+            "--load_best_model_at_end is not supported; publish a checkpoint of your choice with "
+            "launch/export.py RUN --checkpoint checkpoint-N."
+        )
+    name = values.pretrained or ""
+    looks_like_path = name.endswith((".safetensors", ".bin", ".pt")) or name.startswith(
+        (".", "/", "~")
+    )
+    if looks_like_path and not Path(name).expanduser().exists():
+        raise ConfigError(
+            f"--pretrained {name!r} does not exist; give a file or folder that does, a Hub name, "
+            "builtin or none."
         )
 
 

@@ -25,7 +25,7 @@ from mm_moe.arguments import (
     PromptArguments,
     RunArguments,
 )
-from mm_moe.errors import ConfigError, MMMoEError
+from mm_moe.errors import ConfigError, DataError, MMMoEError
 from mm_moe.registry import nearest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,7 +209,8 @@ def run_program(main: Callable[[list[str]], int]) -> None:
     try:
         status = main(sys.argv[1:])
     except MMMoEError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        # All ranks meet a wrong setting: one voice is enough. Bad data one rank may meet alone.
+        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, DataError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from eval.report import format_table, write_report
 from launch.assemble import Run
 from launch.cli import ROOT
 from launch.scoring import train_prior
+from mm_moe.checkpoint import hub
 from mm_moe.training import runtime
 
 PACKAGES = (
@@ -49,15 +51,26 @@ def arguments_of(run: Run) -> dict[str, Any]:
     return {key: value for key, value in merged.items() if key not in SECRET_FLAGS}
 
 
-def next_commands(run: Run, folder: Path) -> dict[str, str]:
+def resume_command(run: Run, folder: Path, argv: list[str]) -> str:
+    """The line that goes on with this run: its own flags, and where its checkpoints are."""
+    replaced = ("local_rank", "output_dir", "resume_from_checkpoint", *SECRET_FLAGS)
+    words = without_flags(argv, replaced)
+    if not any(word.split("=")[0] == "--deepspeed" for word in words):
+        words = ["--deepspeed", "ds_configs/zero2.json", *words]
+    world = run.settings.training.world_size
+    launcher = ["deepspeed"] if world == 1 else ["deepspeed", "--num_accelerators", str(world)]
+    words += ["--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
+    return shlex.join([*launcher, "launch/train.py", *words])
+
+
+def next_commands(run: Run, folder: Path, argv: list[str]) -> dict[str, str]:
     """The lines that resume, evaluate and publish this run."""
-    recipe = run.settings.run.config
-    return {
-        "resume": f"deepspeed launch/train.py --deepspeed ds_configs/zero2.json --config {recipe} "
-        f"--output_dir {folder} --resume_from_checkpoint latest",
-        "evaluate": f"python launch/evaluate_run.py {folder}",
-        "push": f"python launch/export.py {folder} --push_to_hub ORG/NAME",
-    }
+    place = shlex.quote(str(folder))
+    commands = {"resume": resume_command(run, folder, argv)}
+    if run.source.problem_type != "none":
+        commands["evaluate"] = f"python launch/evaluate_run.py {place}"
+    commands["push"] = f"python launch/export.py {place} --push_to_hub ORG/NAME"
+    return commands
 
 
 def missing_table(run: Run) -> dict[str, Any]:
@@ -79,16 +92,22 @@ def missing_table(run: Run) -> dict[str, Any]:
     return described
 
 
-def without_secrets(argv: list[str]) -> list[str]:
-    """A command line without the flags that hold a secret, and without what looks like a token."""
+def without_flags(argv: list[str], flags: tuple[str, ...]) -> list[str]:
+    """A command line without some flags and their values."""
     kept: list[str] = []
-    secret = False  # whether the word is the value of a secret flag
+    dropping = False  # whether the word is the value of a dropped flag
     for word in argv:
         if word.startswith("--"):
-            secret = word[2:].split("=")[0].replace("-", "_") in SECRET_FLAGS
-        if not secret and not word.split("=")[-1].startswith("hf_"):
+            dropping = word[2:].split("=")[0].replace("-", "_") in flags
+        if not dropping:
             kept.append(word)
     return kept
+
+
+def without_secrets(argv: list[str]) -> list[str]:
+    """A command line without the flags that hold a secret, and without what looks like a token."""
+    kept = without_flags(argv, SECRET_FLAGS)
+    return [word for word in kept if not word.split("=")[-1].startswith("hf_")]
 
 
 def write_run_file(run: Run, folder: Path, argv: list[str]) -> None:
@@ -114,12 +133,22 @@ def write_run_file(run: Run, folder: Path, argv: list[str]) -> None:
         "model_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "world_size": run.settings.training.world_size,
         "ep_size": run.settings.moe.ep_size,
-        "commands": next_commands(run, folder),
+        "commands": next_commands(run, folder, argv),
         "bad_samples": run.scorer.bad_ids,
     }
     aside = folder / "run.json.tmp"
     aside.write_text(json.dumps(record, indent=1, default=str))
     aside.replace(folder / "run.json")
+
+
+def write_final_card(folder: Path) -> None:
+    """The model card beside the final weights, from what the run wrote about itself."""
+    scores = folder / "scores.json"
+    hub.write_card(
+        folder / "final",
+        json.loads((folder / "run.json").read_text()),
+        json.loads(scores.read_text()) if scores.is_file() else None,
+    )
 
 
 def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> None:
@@ -146,9 +175,10 @@ def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> No
         print(format_table(document))
     if bad := run.scorer.bad_ids:
         print(f"{len(bad)} sample(s) did not decode: {', '.join(bad[:5])}")
+    write_final_card(folder)
     report = write_report(folder)
     print(f"run: {folder}\nreport and pictures: {report}")
-    for what, command in next_commands(run, folder).items():
+    for what, command in next_commands(run, folder, argv).items():
         print(f"{what + ':':<10}{command}")
 
 

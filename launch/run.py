@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,8 +16,9 @@ from launch import checks
 from launch.assemble import Run, for_comparison, prepare_run
 from launch.cli import RecipeParser, Settings
 from launch.finish import finish_run, write_run_file
+from mm_moe.checkpoint import hub
 from mm_moe.data.schema import DataSource
-from mm_moe.errors import ConfigError
+from mm_moe.errors import CheckpointError, ConfigError
 from mm_moe.training import runtime
 from mm_moe.training.callbacks import EpochOfStream, MetricsFile, Progress
 
@@ -57,8 +60,18 @@ def train_one(
     prompt: str,
     title: str,
     resume: Path | None = None,
+    on_start: Callable[[Run], None] = lambda run: None,
 ) -> Run:
-    """Train one model and return it, still spread over the ranks."""
+    """Train one model and return it, still spread over the ranks.
+
+    Args:
+        settings: of the run.
+        source: the data set.
+        prompt: the prompt of this model.
+        title: what the progress line calls it.
+        resume: a verified checkpoint to go on from.
+        on_start: called on rank 0 when the folder exists and nothing is trained yet.
+    """
     training = settings.training
     folder = Path(str(training.output_dir))
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
@@ -80,6 +93,7 @@ def train_one(
     if runtime.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         describe(run, title)
+        on_start(run)
     runtime.barrier()
     run.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     run.scorer.note_bad(run.trainer.data_collator)
@@ -101,6 +115,14 @@ def describe(run: Run, title: str) -> None:
     )
 
 
+def publish(folder: Path, repo_id: str, *, private: bool) -> None:
+    """Push the finished model; a Hub that fails does not make the run fail."""
+    try:
+        print(f"pushed to {hub.push(folder, repo_id, private=private)}")
+    except CheckpointError as error:
+        print(f"warning: {error}", file=sys.stderr)
+
+
 def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path | None]:
     """Refuse what cannot work before anything is written, and fill in the rest.
 
@@ -110,6 +132,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     checks.check_names(values)
     checks.check_json(values)
     checks.in_range(values)
+    checks.check_supported(values)
     checks.settle_batch(values, argv)
     values.deepspeed = checks.deepspeed_settings(values)
     ep_size = checks.expert_layout(values)
@@ -121,28 +144,38 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
 
 
 def execute(parser: RecipeParser, values: argparse.Namespace, argv: list[str]) -> None:
-    """Check everything, then train, score and report."""
+    """Check everything, then train, score, report and publish.
+
+    A rank that fails leaves the process group as it is: the launcher ends the others.
+    """
     source, resume = check(values, argv)
+    push_to, values.push_to_hub = checks.push_target(values), False  # at the end, by our own hand
     runtime.start()
-    try:
-        values.output_dir = runtime.agree(values.output_dir or default_output(values.config))
-        values.resume_from_checkpoint = str(resume) if resume else None
-        settings = parser.build(values)
-        prompt = settings.prompt.prompt
-        run = train_one(settings, source, prompt=prompt, title=prompt, resume=resume)
-        folder = run.trainer.folder
-        run.trainer.save_model(str(folder / "final"))
-        write_run_file(run, folder, argv)
-        others = [
-            train_one(
-                for_comparison(settings, folder / f"compare-{name}"),
-                source,
-                prompt=name,
-                title=f"comparison: {name}",
-            )
-            for name in settings.run.compare_with
-            if settings.run.final_evaluation  # comparisons live in the final table only
-        ]
-        finish_run(run, others, folder, argv)
-    finally:
-        runtime.stop()
+    values.output_dir = runtime.agree(values.output_dir or default_output(values.config))
+    values.resume_from_checkpoint = str(resume) if resume else None
+    settings = parser.build(values)
+    prompt = settings.prompt.prompt
+    folder = Path(values.output_dir)
+    run = train_one(
+        settings,
+        source,
+        prompt=prompt,
+        title=prompt,
+        resume=resume,
+        on_start=lambda run: write_run_file(run, folder, argv),
+    )
+    run.trainer.save_model(str(folder / "final"))
+    others = [
+        train_one(
+            for_comparison(settings, folder / f"compare-{name}"),
+            source,
+            prompt=name,
+            title=f"comparison: {name}",
+        )
+        for name in settings.run.compare_with
+        if settings.run.final_evaluation  # comparisons live in the final table only
+    ]
+    finish_run(run, others, folder, argv)
+    if push_to and runtime.is_main():
+        publish(folder / "final", push_to, private=bool(values.hub_private_repo))
+    runtime.stop()

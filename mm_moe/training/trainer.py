@@ -30,6 +30,7 @@ class MultimodalTrainer(Trainer):
             (over all ranks), which makes resume exact at any number of processes.
         learning_rate_scale: learning-rate factor by parameter name.
         save_extra: writes what belongs beside the weights (the processor) into a folder.
+        scores: the validation scores that `eval_strategy` asks for; called on every rank.
         **kwargs: what `transformers.Trainer` takes.
     """
 
@@ -43,16 +44,19 @@ class MultimodalTrainer(Trainer):
         make_stream: Callable[[int], IterableDataset],
         learning_rate_scale: Callable[[str], float] = lambda name: 1.0,
         save_extra: Callable[[Path], None] = lambda folder: None,
+        scores: Callable[[], dict[str, float]] = dict,
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = objective
         self.make_stream = make_stream
         self.learning_rate_scale = learning_rate_scale
         self.save_extra = save_extra
+        self.scores = scores
         self.meter = Meter()
         self._resume_dir: Path | None = None
         self._steps_before = self._samples_before = 0  # of the run that is resumed
-        super().__init__(train_dataset=make_stream(0), **kwargs)
+        stream = make_stream(0)  # the library only looks whether there are data sets
+        super().__init__(train_dataset=stream, eval_dataset=stream, **kwargs)
         self.model_accepts_loss_kwargs = False  # the objective averages over its own rows
 
     def train(  # type: ignore[override]
@@ -117,6 +121,16 @@ class MultimodalTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self.meter.summary()}
         super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+        """Score the validation split as the final table does; logged as "eval_CONDITION_METRIC"."""
+        self.model_wrapped.eval()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.scores().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
     @property
     def samples_seen(self) -> int:

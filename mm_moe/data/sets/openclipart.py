@@ -31,6 +31,8 @@ class OpenclipartEmojiData(DataSource):
 
     Args:
         data_dir: folder that holds `openclipart.parquet` or `openclipart/openclipart.parquet`.
+        with_keywords: let the keywords follow the title. They tell a text tower which words belong
+            together, which titles alone hardly do.
 
     Raises:
         ConfigError: no `data_dir`.
@@ -43,8 +45,9 @@ class OpenclipartEmojiData(DataSource):
     problem_type = NO_LABEL
     license = f"Openclipart 0.18: public domain; {EmojiData.license}"
 
-    def __init__(self, data_dir: str | None = None) -> None:
+    def __init__(self, data_dir: str | None = None, *, with_keywords: bool = False) -> None:
         super().__init__(data_dir)
+        self.with_keywords = with_keywords
         if self.data_dir is None:
             raise ConfigError(
                 "data set 'openclipart_emoji' needs data_dir: a folder that holds "
@@ -62,17 +65,19 @@ class OpenclipartEmojiData(DataSource):
         self.check_split(split)
         raw = stream_parquet(self.path, columns=("id", "image", "title", "keywords"))
         captioned = raw.map(
-            partial(_captioned, shared=self._shared_titles),
+            partial(_captioned, shared=self._shared_titles, with_keywords=self.with_keywords),
             remove_columns=["title", "keywords"],
             features=datasets.Features(
                 {
                     "id": datasets.Value("string"),
                     "image": datasets.Image(decode=False),
                     "text": datasets.Value("string"),
+                    "caption": datasets.Value("string"),
                 }
             ),
         )
-        drawings = captioned.filter(partial(_is_in, split=split), input_columns=["text"])
+        drawings = captioned.filter(partial(_is_in, split=split), input_columns=["caption"])
+        drawings = drawings.remove_columns("caption")
         if split != "train":
             return drawings
         emojis = self.emoji.stream("train").select_columns(["id", "image", "text"])
@@ -134,5 +139,11 @@ def _is_in(text: str, *, split: str) -> bool:
     return _split(text) == split
 
 
-def _captioned(row: dict[str, Any], *, shared: frozenset[str]) -> dict[str, str]:
-    return {"text": caption(row["title"], row["keywords"], shared=shared)}
+def _captioned(
+    row: dict[str, Any], *, shared: frozenset[str], with_keywords: bool
+) -> dict[str, str]:
+    """The caption, by which a drawing is split, and the text of its pair."""
+    own = caption(row["title"], row["keywords"], shared=shared)
+    words = caption(None, row["keywords"], shared=shared)
+    text = f"{own}, {words}" if with_keywords and words and words != own else own
+    return {"caption": own, "text": text}
