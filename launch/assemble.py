@@ -178,7 +178,7 @@ def prepare_run(
         objective=objective,
         make_stream=run.train_stream,
         data_collator=collator,
-        learning_rate_scale=learning_rate_scale(settings.run.new_prompt_lr_scale),
+        learning_rate_scale=learning_rate_scale(settings.run.new_parts_lr_scale),
         save_extra=run.save_extra,
         scores=run.validation_scores,
         callbacks=callbacks,

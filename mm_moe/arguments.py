@@ -144,7 +144,7 @@ class RunArguments:
         default_factory=list,
         metadata={"help": "Prompts whose models are trained in the same way for the final table."},
     )
-    new_prompt_lr_scale: float = field(
+    new_parts_lr_scale: float = field(
         default=1.0, metadata={"help": "Learning-rate factor of prompts and head."}
     )
     final_evaluation: bool = field(
