@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from eval.chance import best_chance
 from eval.metrics import IN_UNITS_OF_THE_LABEL, LOWER_IS_BETTER
-from eval.pictures import expert_load_map, loss_curve, png, score_bars
+from eval.pictures import expert_load_map, loss_curve, png, save_png, score_bars
 from mm_moe.errors import DataError
 
 COMPLETE = "complete"
@@ -22,9 +22,10 @@ CHANCE = "chance"
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `RUN/report.html` from `run.json`, `metrics.jsonl` and `scores.json`; return its path.
+    """Write `RUN/report.html` and its pictures beside it as PNG; return the page's path.
 
-    `run.json` must exist; the page says so where curves or scores are not there yet.
+    Reads `run.json`, which must exist, `metrics.jsonl` and `scores.json`; the page says so where
+    curves or scores are not there yet.
 
     Raises:
         DataError: the folder is no run folder, or one of its files is damaged.
@@ -36,6 +37,9 @@ def write_report(run_dir: str | Path) -> Path:
             f"{run_dir} is no run folder: it has no run.json; name the folder of a run."
         )
     scores = _read_json(run_dir / "scores.json") or {}
+    pictures = _pictures(read_metrics(run_dir / "metrics.jsonl"), scores)
+    for title, figure in pictures.items():
+        save_png(figure, run_dir / f"{title.lower().replace(' ', '_')}.png")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("eval", "templates"),
         autoescape=True,
@@ -55,7 +59,9 @@ def write_report(run_dir: str | Path) -> Path:
         commands=run.get("commands", {}),
         bad_samples=[str(sample) for sample in run.get("bad_samples", [])],
         tables=[score_table(scores, metric=metric) for metric in _metrics(scores)],
-        pictures=_pictures(read_metrics(run_dir / "metrics.jsonl"), scores),
+        pictures={
+            title: base64.b64encode(png(figure)).decode() for title, figure in pictures.items()
+        },
     )
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -153,8 +159,8 @@ def _metrics(scores: Mapping[str, Any]) -> list[str]:
     return list(scores.get("metrics") or next(iter(of_condition.values())))
 
 
-def _pictures(metrics: list[dict[str, Any]], scores: Mapping[str, Any]) -> dict[str, str]:
-    """Title -> PNG in base64."""
+def _pictures(metrics: list[dict[str, Any]], scores: Mapping[str, Any]) -> dict[str, Figure]:
+    """Title -> figure, for what the run has written so far."""
     pictures = {}
     names = _metrics(scores)
     if names:
@@ -163,7 +169,7 @@ def _pictures(metrics: list[dict[str, Any]], scores: Mapping[str, Any]) -> dict[
         pictures["Training loss"] = loss_curve(metrics)
     if scores.get("expert_load"):
         pictures["Expert load"] = expert_load_map(scores["expert_load"])
-    return {title: base64.b64encode(png(figure)).decode() for title, figure in pictures.items()}
+    return pictures
 
 
 def _score_picture(scores: Mapping[str, Any], *, metric: str) -> Figure:

