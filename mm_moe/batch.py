@@ -52,7 +52,7 @@ class Batch(dict):
         inputs: dict[str, dict[str, Tensor]],
         labels: Tensor | None = None,
     ) -> Batch:
-        """Build a batch and check that every payload has exactly its present rows."""
+        """Build a batch; the model checks that each payload has exactly its present rows."""
         return cls(ids=ids, present=present, inputs=inputs, labels=labels)
 
     @property

@@ -51,7 +51,6 @@ def model_card(record: dict[str, Any], scores: dict[str, Any] | None) -> str:
         license_name="see-data-and-base-model",
         library_name="transformers",
         tags=["mm-moe", "mixture-of-experts", "multimodal", "missing-modality"],
-        datasets=[] if data["name"] in ("columns",) else None,
     )
     missing = record["missing"]
     parts = [

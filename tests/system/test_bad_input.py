@@ -151,9 +151,16 @@ def test_what_only_the_model_can_judge(here, words, said_words):
 
 
 def test_pretrained_weights_that_are_not_there(here):
-    said = refused(CheckpointError, "--pretrained", "./absent/weights.safetensors")
+    said = refused(ConfigError, "--pretrained", "./absent/weights.safetensors")
     assert "absent/weights.safetensors" in said
     assert "--pretrained" in said
+
+
+def test_flags_of_the_library_that_are_not_honoured(here):
+    flags = ("--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "100")
+    assert "--checkpoint" in refused(ConfigError, *flags)
+    assert "--hub_model_id" in refused(ConfigError, "--push_to_hub")
+    assert "ORG/NAME" in refused(ConfigError, "--push_to_hub", "--hub_model_id", "a/b/c")
 
 
 # ---- data ------------------------------------------------------------------------------------

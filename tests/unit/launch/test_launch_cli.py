@@ -8,7 +8,7 @@ import pytest
 from launch import cli
 from launch.checks import settle_batch
 from launch.cli import RecipeParser, read_recipe, recipe_argv, run_program
-from launch.finish import without_secrets
+from launch.finish import without_flags, without_secrets
 from mm_moe.errors import ConfigError, DataError
 
 RECIPE = """\
@@ -206,3 +206,9 @@ def test_every_program_of_the_folder_ends_this_way():
     mains = [path for path in programs if '__name__ == "__main__"' in path.read_text()]
     assert {path.stem for path in mains} >= {"train", "export", "evaluate_run"}
     assert all("run_program(main)" in path.read_text() for path in mains)
+
+
+def test_dropped_flags_take_their_values_along():
+    argv = ["--seed", "1", "--local_rank=0", "--output-dir", "there", "--moe_layers_idx", "0", "1"]
+    kept = without_flags(argv, ("local_rank", "output_dir"))
+    assert kept == ["--seed", "1", "--moe_layers_idx", "0", "1"]
