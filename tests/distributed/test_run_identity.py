@@ -11,7 +11,7 @@ from tests.distributed.harness import run_distributed
 from tests.distributed.runs import column, train_here, write_recipe
 
 pytestmark = pytest.mark.distributed
-STAGES = ("zero0", "zero1", "zero2")
+STAGES = ("zero0", "zero1", "zero2", "zero2_offload")
 SCORED = "zero2"  # scores and checkpoints are compared at one stage, losses at all
 LIGHT = ("--final_evaluation", "false", "--save_strategy", "no")
 
