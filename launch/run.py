@@ -115,10 +115,11 @@ def describe(run: Run, title: str) -> None:
     )
 
 
-def publish(folder: Path, repo_id: str, *, private: bool) -> None:
+def publish(folder: Path, repo_id: str, *, private: bool, token: str | None) -> None:
     """Push the finished model; a Hub that fails does not make the run fail."""
     try:
-        print(f"pushed to {hub.push(folder, repo_id, private=private)}")
+        address = hub.push(folder, repo_id, private=private, token=token)
+        print(f"pushed to {address}")
     except CheckpointError as error:
         print(f"warning: {error}", file=sys.stderr)
 
@@ -177,5 +178,6 @@ def execute(parser: RecipeParser, values: argparse.Namespace, argv: list[str]) -
     ]
     finish_run(run, others, folder, argv)
     if push_to and runtime.is_main():
-        publish(folder / "final", push_to, private=bool(values.hub_private_repo))
+        private = bool(values.hub_private_repo)
+        publish(folder / "final", push_to, private=private, token=values.hub_token)
     runtime.stop()

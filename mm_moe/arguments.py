@@ -1,8 +1,7 @@
 """Every setting of a run that `TrainingArguments` does not own, for `HfArgumentParser`.
 
 Names follow open_clip, DeepSpeed and MoE-LLaVA where those have one. A recipe is a YAML file of
-these
-flags and of `TrainingArguments`' flags; a flag on the command line wins over the recipe.
+these flags and of `TrainingArguments`' flags; a flag on the command line wins over the recipe.
 """
 
 from __future__ import annotations

@@ -24,8 +24,7 @@ class Sample:
     Attributes:
         id: stable and unique within the data set; missing masks and splits are keyed by it.
         payload: modality name -> raw value (encoded image bytes, str, array). A modality that the
-        row
-            lacks by nature is absent from the dict.
+            row lacks by nature is absent from the dict.
         label: class index (int), multi-hot list, float, or None.
     """
 

@@ -88,8 +88,8 @@ def check_repo_id(repo_id: str) -> None:
         raise ConfigError(f"{repo_id!r} is no repository name; write ORG/NAME.") from error
 
 
-def push(folder: Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload a Hugging Face folder and return its address; the token comes from the environment.
+def push(folder: Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload a Hugging Face folder and return its address; without a token, HF_TOKEN is taken.
 
     Server errors and cut connections are retried with growing waits; a refusal (401, 403) is not.
 
@@ -98,7 +98,7 @@ def push(folder: Path, repo_id: str, *, private: bool = False) -> str:
         CheckpointError: the upload failed for good; the folder stays as it is.
     """
     check_repo_id(repo_id)
-    api = HfApi(token=os.environ.get("HF_TOKEN"))
+    api = HfApi(token=token or os.environ.get("HF_TOKEN"))
     reason = ""
     for wait in (*RETRY_WAITS_S, None):
         try:

@@ -1,9 +1,8 @@
 """Checkpoints on disk: written aside, summed, published by rename, checked before they are read.
 
 A checkpoint folder is a Hugging Face model folder (config, safetensors, processor) with the state
-to
-resume beside it: `optimizer.safetensors`, `scheduler.json`, `trainer_state.json`, `random-RANK.pt`,
-and `manifest.json`, which lists every other file with its size and SHA-256.
+to resume beside it: `optimizer.safetensors`, `scheduler.json`, `trainer_state.json`,
+`random-RANK.pt`, and `manifest.json`, which lists every other file with its size and SHA-256.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The clip norm at ZeRO stage 0, which DeepSpeed gets wrong when experts are spread over ranks.
 
 DeepSpeed 0.19.8 averages each rank's norm over ranks, so the experts of other ranks count too
-little
-(it under-clips by 14-23% in our measurement). ZeRO 1 and 2 are right and untouched.
+little (it under-clips by 14-23% in our measurement). ZeRO 1 and 2 are right and untouched.
 """
 
 from __future__ import annotations

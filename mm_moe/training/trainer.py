@@ -26,8 +26,7 @@ class MultimodalTrainer(Trainer):
     Args:
         objective: returns (loss, parts, output) of a batch; lives outside the model.
         make_stream: builds the training stream from the number of samples that earlier steps
-        consumed
-            (over all ranks), which makes resume exact at any number of processes.
+            consumed (over all ranks), which makes resume exact at any number of processes.
         learning_rate_scale: learning-rate factor by parameter name.
         save_extra: writes what belongs beside the weights (the processor) into a folder.
         scores: the validation scores that `eval_strategy` asks for; called on every rank.

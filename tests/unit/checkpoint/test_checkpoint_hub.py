@@ -126,6 +126,12 @@ def test_a_push_that_works(answers, tmp_path):
     assert waits == []
 
 
+def test_a_token_given_by_hand_beats_the_environment(answers, tmp_path):
+    answers(None)
+    hub.push(tmp_path, "me/model", token="another")
+    assert FakeApi.calls[0] == ("token", "another")
+
+
 def test_server_errors_and_cut_connections_are_tried_again(answers, tmp_path):
     waits = answers(http_error(503), ConnectionResetError(TOKEN), None)
     assert hub.push(tmp_path, "me/model").endswith("me/model")
