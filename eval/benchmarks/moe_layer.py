@@ -70,6 +70,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument(
+        "--output", default="moe_layer", help="a full run is stored as results/OUTPUT.json"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
@@ -280,7 +283,30 @@ def figures(rows: list[dict]) -> dict[str, float | None]:
         "memory_vs_deepspeed_skew4": mean_ratio(skewed, "peak_bytes", "deepspeed"),
         "time_vs_dense_k1": mean_ratio(large, "time_s", "dense"),
         "percent_of_matmul_rate": round(statistics.fmean(rates), 1) if rates else None,
+        "time_per_token_most_vs_fewest": scaling(rows, "tokens", per_unit=True),
+        "time_most_vs_fewest_experts": scaling(rows, "experts", per_unit=False),
     }
+
+
+def scaling(rows: list[dict], axis: str, *, per_unit: bool) -> float | None:
+    """Our time at the largest value of an axis over that at the smallest, all else equal.
+
+    1 means linear in the axis (`per_unit`) or flat along it. Geometric mean; None without a pair.
+    """
+    low, high = (pick((row[axis] for row in rows), default=0) for pick in (min, max))
+
+    def key(row: dict) -> tuple:
+        return tuple(row[name] for name in Case.__annotations__ if name != axis)
+
+    times = {value: {key(row): row for row in rows if row[axis] == value} for value in (low, high)}
+    pairs = [
+        math.log(times[high][case]["time_s"]["ours"] / times[low][case]["time_s"]["ours"])
+        for case in times[high]
+        if case in times[low]
+    ]
+    if low == high or not pairs:
+        return None
+    return round(math.exp(statistics.fmean(pairs)) / (high / low if per_unit else 1), 3)
 
 
 def show(rows: list[dict]) -> None:
@@ -332,7 +358,7 @@ def main() -> None:
     if not args.quick:
         RESULTS.mkdir(exist_ok=True)
         stored = {**result, "arguments": vars(args), "rows": rows}
-        Path(RESULTS, "moe_layer.json").write_text(json.dumps(stored, indent=1))
+        Path(RESULTS, f"{args.output}.json").write_text(json.dumps(stored, indent=1))
     print(json.dumps(result))
 
 

@@ -46,6 +46,7 @@ def row(skew, ours, peer, **changes):
     return {
         "processes": 1,
         "tokens": 8,
+        "experts": 4,
         "top_k": 1,
         "skew": skew,
         "capacity": False,
@@ -65,6 +66,15 @@ def test_figures_by_hand():
     assert found["time_vs_dense_k1"] == 0.5
     assert found["percent_of_matmul_rate"] == 50.0
     assert found["time_vs_deepspeed_capacity"] is None
+
+
+def test_scaling_by_hand():
+    rows = [row(1, 1.0, 1.0), row(1, 3.0, 1.0, tokens=16), row(1, 2.0, 1.0, tokens=16, top_k=2)]
+    found = figures(rows)
+    assert (
+        found["time_per_token_most_vs_fewest"] == 1.5
+    )  # 3 s for twice the tokens; k 2 has no pair
+    assert found["time_most_vs_fewest_experts"] is None
 
 
 def test_a_peer_that_is_not_there_gives_no_ratio():
