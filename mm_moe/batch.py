@@ -36,11 +36,13 @@ class Sample:
 class Batch(dict):
     """A batch as the keyword arguments of a model's `forward`.
 
-    A dict (so that Trainer, accelerate and DeepSpeed move it between devices) with four keys:
+    A dict (so that Trainer, accelerate and DeepSpeed move it between devices) with these keys:
         ids: list of B sample ids.
         present: bool (B, M).
         inputs: modality -> {name: Tensor (N, ...)}; a modality with N = 0 has no entry.
         labels: (B,) int64, (B, C) float or (B,) float; IGNORED_LABEL marks rows out of the loss.
+        interaction: (B,) int64, the type of the interaction between a sample's modalities; the key
+            is there only if the data know it.
     """
 
     @classmethod
@@ -50,9 +52,13 @@ class Batch(dict):
         present: Tensor,
         inputs: dict[str, dict[str, Tensor]],
         labels: Tensor | None = None,
+        interaction: Tensor | None = None,
     ) -> Batch:
         """Build a batch; the model checks that each payload has exactly its present rows."""
-        return cls(ids=ids, present=present, inputs=inputs, labels=labels)
+        batch = cls(ids=ids, present=present, inputs=inputs, labels=labels)
+        if interaction is not None:
+            batch["interaction"] = interaction
+        return batch
 
     @property
     def ids(self) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mm_moe.backbones.weights import load_weights
 from mm_moe.errors import ConfigError
+from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import MoELayer, RoutingRecord
 from mm_moe.registry import nearest
 
@@ -79,7 +80,7 @@ class Tower(nn.Module, ABC):
         out_width: width of the pooled feature.
         num_blocks: how many blocks there are.
         causal: whether a token attends only to itself and those before it.
-        modality_index: place of the modality in the model's fixed order, for routers that use it.
+        modality_index: place of the modality in the model's fixed order.
     """
 
     width: int
@@ -102,6 +103,7 @@ class Tower(nn.Module, ABC):
         x_NLD: Tensor,
         mask_NL: Tensor | None = None,
         keys_values: tuple[Tensor, Tensor] | None = None,
+        context: TokenContext | None = None,
     ) -> tuple[Tensor, RoutingRecord | None]:
         """Run block `index`; the record is None where its feed-forward is dense.
 
@@ -123,11 +125,14 @@ class Tower(nn.Module, ABC):
 
 
 def run_feed_forward(
-    feed_forward: nn.Module, x_NLD: Tensor, mask_NL: Tensor | None, modality_index: int
+    feed_forward: nn.Module,
+    x_NLD: Tensor,
+    mask_NL: Tensor | None,
+    context: TokenContext | None,
 ) -> tuple[Tensor, RoutingRecord | None]:
-    """Run a block's feed-forward, dense or sparse. Only the sparse one looks at the mask."""
+    """Run a block's feed-forward, dense or sparse. Only the sparse one looks at the rest."""
     if isinstance(feed_forward, MoELayer):
-        return feed_forward(x_NLD, mask_NL, modality_index)
+        return feed_forward(x_NLD, mask_NL, context)
     return feed_forward(x_NLD), None
 
 
@@ -181,7 +186,11 @@ class Backbone(nn.Module):
         self.towers = nn.ModuleDict({name: towers[name] for name in self.modalities})
 
     def encode(
-        self, modality: str, payload: Payload | None, edit: Edit | None = None
+        self,
+        modality: str,
+        payload: Payload | None,
+        edit: Edit | None = None,
+        context: TokenContext | None = None,
     ) -> tuple[Tensor, dict[str, RoutingRecord]]:
         """Features (N, out_width) of one modality and the routing records of its sparse blocks.
 
@@ -190,12 +199,15 @@ class Backbone(nn.Module):
             payload: its packed rows, or None: the tower then runs its blank row with nothing
                 routed, so that a process without the modality makes the same collectives.
             edit: a prompt's edits of this pass.
+            context: what routers may know of the rows (one row if the payload is None); None says
+                the modality and no more.
 
         Returns:
             Features, and records named "<modality>.<block>".
         """
         tower: Tower = self.towers[modality]  # type: ignore[assignment]
         rows = tower.blank() if payload is None else payload
+        context = context or TokenContext(modality=tower.modality_index)
         x_NLD, mask_NL = tower.embed(rows)
         if payload is None:
             mask_NL = torch.zeros(x_NLD.shape[:2], dtype=torch.bool, device=x_NLD.device)
@@ -205,7 +217,7 @@ class Backbone(nn.Module):
             if edit is not None:
                 x_NLD, mask_NL = edit.before(layer, x_NLD, mask_NL)
                 keys_values = edit.keys_values(layer)
-            x_NLD, record = tower.block(layer, x_NLD, mask_NL, keys_values)
+            x_NLD, record = tower.block(layer, x_NLD, mask_NL, keys_values, context)
             if edit is not None:
                 x_NLD = edit.after(layer, x_NLD, mask_NL)
             if record is not None:

@@ -15,6 +15,7 @@ from mm_moe.backbones.attention import attend_with_extra
 from mm_moe.backbones.base import Backbone, Payload, ProcessorNeeds, Tower, run_feed_forward
 from mm_moe.batch import IMAGE, TEXT
 from mm_moe.errors import CheckpointError, ConfigError
+from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import RoutingRecord
 
 LEGACY_EOS = 2  # configs from before the id was stored right: the largest id of a row is its end
@@ -39,6 +40,7 @@ class ClipTower(Tower):
         x_NLD: Tensor,
         mask_NL: Tensor | None = None,
         keys_values: tuple[Tensor, Tensor] | None = None,
+        context: TokenContext | None = None,
     ) -> tuple[Tensor, RoutingRecord | None]:
         """One pre-norm block. The mask only decides which tokens a sparse feed-forward routes.
 
@@ -62,9 +64,7 @@ class ClipTower(Tower):
             )
             y_NLD = attention.out_proj(y_NLD)
         x_NLD = x_NLD + y_NLD
-        y_NLD, record = run_feed_forward(
-            layer.mlp, layer.layer_norm2(x_NLD), mask_NL, self.modality_index
-        )
+        y_NLD, record = run_feed_forward(layer.mlp, layer.layer_norm2(x_NLD), mask_NL, context)
         return x_NLD + y_NLD, record
 
     def feed_forwards(self) -> list[tuple[nn.Module, str]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mm_moe.backbones.attention import attend_with_extra
 from mm_moe.backbones.base import Payload, Tower, run_feed_forward
 from mm_moe.errors import ConfigError
+from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import RoutingRecord
 
 
@@ -43,6 +44,7 @@ class OpenClipTower(Tower):
         x_NLD: Tensor,
         mask_NL: Tensor | None = None,
         keys_values: tuple[Tensor, Tensor] | None = None,
+        context: TokenContext | None = None,
     ) -> tuple[Tensor, RoutingRecord | None]:
         """One pre-norm block; see `ClipTower.block` for why attention needs no padding mask."""
         block: Any = self.blocks[index]
@@ -53,7 +55,7 @@ class OpenClipTower(Tower):
         else:
             y_NLD = self._attend(block.attn, y_NLD, keys_values)
         x_NLD = x_NLD + block.ls_1(y_NLD)
-        y_NLD, record = run_feed_forward(block.mlp, block.ln_2(x_NLD), mask_NL, self.modality_index)
+        y_NLD, record = run_feed_forward(block.mlp, block.ln_2(x_NLD), mask_NL, context)
         return x_NLD + block.ls_2(y_NLD), record
 
     def _attend(

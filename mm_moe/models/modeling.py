@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mm_moe.backbones.base import Backbone, Payload, Tower, check_options
+from mm_moe.batch import pattern_index
 from mm_moe.errors import CheckpointError, ConfigError, DataError
 from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import MoELayer, RoutingRecord, moe_layers
 from mm_moe.moe.settings import MoESettings
 from mm_moe.moe.upcycle import upcycle
@@ -174,6 +176,7 @@ class MultimodalMoEModel(PreTrainedModel):
         inputs: Mapping[str, Payload],
         labels: Tensor | None = None,
         ids: list[str] | None = None,
+        interaction: Tensor | None = None,
     ) -> MultimodalMoEOutput:
         """Encode what is present.
 
@@ -182,18 +185,24 @@ class MultimodalMoEModel(PreTrainedModel):
             inputs: modality -> its packed payload, one row per present sample, in order.
             labels: not used here (an objective reads them); accepted so that a batch is a call.
             ids: likewise.
+            interaction: int64 (B,), type of the interaction between a sample's modalities, for the
+                router `by_interaction`.
 
         Raises:
-            DataError: a payload whose rows are not the samples that have the modality.
+            DataError: a payload whose rows are not the samples that have the modality, or
+                interactions that are not one per sample.
         """
         rows = self._packed_rows(present, inputs)
+        contexts = self._contexts(present, interaction, rows)
         edits = self._start_prompt(present, rows)
         features: dict[str, Tensor] = {}
         routing: dict[str, RoutingRecord] = {}
         for name in self.modalities:
             rows_N = rows[name]
             payload = inputs[name] if len(rows_N) else None
-            feature_ND, records = self.backbone.encode(name, payload, edits.get(name))
+            feature_ND, records = self.backbone.encode(
+                name, payload, edits.get(name), contexts[name]
+            )
             zeros_BD = feature_ND.new_zeros(len(present), feature_ND.shape[-1])
             if payload is None:
                 features[name] = zeros_BD + 0 * feature_ND.sum()
@@ -225,6 +234,29 @@ class MultimodalMoEModel(PreTrainedModel):
                     f"{len(present_BM)} samples are marked as having it."
                 )
         return rows
+
+    def _contexts(
+        self, present_BM: Tensor, interaction_B: Tensor | None, rows: dict[str, Tensor]
+    ) -> dict[str, TokenContext]:
+        """What routers may know of each modality's rows.
+
+        The blank row of a modality without rows has everything, and interaction 0.
+        """
+        if interaction_B is not None and interaction_B.shape != present_BM.shape[:1]:
+            raise DataError(
+                f"interaction has shape {tuple(interaction_B.shape)}; the batch has "
+                f"{len(present_BM)} samples and needs one type for each, ({len(present_BM)},)."
+            )
+        combination_B = pattern_index(present_BM)
+        complete_1 = combination_B.new_full((1,), 2 ** len(self.modalities) - 1)
+        contexts = {}
+        for m, name in enumerate(self.modalities):
+            rows_N, interaction_N = rows[name], None
+            if interaction_B is not None:
+                interaction_N = interaction_B[rows_N] if len(rows_N) else complete_1 * 0
+            combination_N = combination_B[rows_N] if len(rows_N) else complete_1
+            contexts[name] = TokenContext(m, combination_N, interaction_N)
+        return contexts
 
     def _start_prompt(self, present_BM: Tensor, rows: dict[str, Tensor]) -> dict[str, Any]:
         """The prompt's edits; a modality without rows gets those of an extra, complete sample."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mm_moe.moe.balance import RoutingSums
 from mm_moe.moe.capacity import within_capacity
 from mm_moe.moe.companion import Residual, SharedExpert
+from mm_moe.moe.context import TokenContext
 from mm_moe.moe.dispatch import Dispatcher, LocalDispatcher
 from mm_moe.moe.experts import Experts
 from mm_moe.moe.noise import draw_seed, normal_by_place
@@ -62,24 +63,25 @@ class MoELayer(nn.Module):
         self.dispatcher: Dispatcher = LocalDispatcher()
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, modality: int | None = None
+        self, x: Tensor, mask: Tensor | None = None, context: TokenContext | None = None
     ) -> tuple[Tensor, RoutingRecord]:
         """Send each real token through its experts.
 
         Args:
-            x: (..., D).
-            mask: bool (...), True for real tokens; None means that all are real. Other tokens are
-                not routed, count in no loss and get output 0. No real token at all is legal: the
-                output is zero and every trainable parameter still gets a (zero) gradient.
-            modality: index of the modality of these tokens, for routers that use it.
+            x: (N, L, D): rows of tokens, or (T, D).
+            mask: bool (N, L) or (T,), True for real tokens; None means that all are real. Other
+                tokens are not routed, count in no loss and get output 0. No real token at all is
+                legal: the output is zero and every trainable parameter still gets a (zero)
+                gradient.
+            context: what the router may know of the rows besides their values.
 
         Returns:
-            The output (..., D) and the record of the pass.
+            The output, shaped as `x`, and the record of the pass.
         """
         flat_TD = x.reshape(-1, x.shape[-1])
         real_T = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
         x_TD = flat_TD if real_T is None else flat_TD.index_select(0, real_T)
-        routing = self._route(x_TD, modality)
+        routing = self._route(x_TD, (context or TokenContext()).at(x.shape[:-1], real_T))
         y_TD, tokens_E = self.dispatcher(x_TD, routing, self.experts)
         if self.companion is not None:
             y_TD = self.companion.join(x_TD, y_TD)
@@ -87,11 +89,11 @@ class MoELayer(nn.Module):
             y_TD = y_TD.new_zeros(flat_TD.shape).index_copy(0, real_T, y_TD)
         return y_TD.view(x.shape), self._record(routing, tokens_E)
 
-    def _route(self, x_TD: Tensor, modality: int | None) -> Routing:
+    def _route(self, x_TD: Tensor, context: TokenContext) -> Routing:
         noise_TE = None
         if self.training and self.router.uses_noise:
             noise_TE = self._noise(x_TD)
-        routing = self.router(x_TD, modality, noise_TE)
+        routing = self.router(x_TD, context, noise_TE)
         if self.settings.drop_tokens:
             routing = within_capacity(
                 routing,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mm_moe.moe.balance import RoutingSums, SumOverRanks, load_balance, router_z
+from mm_moe.moe.context import TokenContext
 from mm_moe.moe.settings import MoESettings
 
 
@@ -92,13 +93,13 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, x_TD: Tensor, modality: int | None = None, noise_TE: Tensor | None = None
+        self, x_TD: Tensor, context: TokenContext | None = None, noise_TE: Tensor | None = None
     ) -> Routing:
         """Route tokens.
 
         Args:
             x_TD: the tokens.
-            modality: index of the modality that they all belong to.
+            context: what is known of them besides their values.
             noise_TE: standard normal values, if `uses_noise` and training; a token's noise does not
                 depend on the rank that it is on.
         """
@@ -125,9 +126,9 @@ class TopKSoftmaxRouter(Router):
     """
 
     def forward(
-        self, x_TD: Tensor, modality: int | None = None, noise_TE: Tensor | None = None
+        self, x_TD: Tensor, context: TokenContext | None = None, noise_TE: Tensor | None = None
     ) -> Routing:
-        """Route each token by itself; modality and noise play no part."""
+        """Route each token by itself; context and noise play no part."""
         logit_TE = self.score(x_TD)
         prob_TE = logit_TE.softmax(-1)
         expert_TK = choose(logit_TE, self.settings.top_k)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mm_moe.moe.balance import RoutingSums, SumOverRanks, router_z
+from mm_moe.moe.context import TokenContext
 from mm_moe.moe.router import Router, Routing, choose, renormalised
 
 
@@ -32,7 +33,7 @@ class NoisyTopKRouter(Router):
     uses_noise = True
 
     def forward(
-        self, x_TD: Tensor, modality: int | None = None, noise_TE: Tensor | None = None
+        self, x_TD: Tensor, context: TokenContext | None = None, noise_TE: Tensor | None = None
     ) -> Routing:
         """Route each token by itself; `noise_TE` is standard normal, None outside training."""
         logit_TE = self.score(x_TD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mm_moe.moe.context import TokenContext
 from mm_moe.moe.router import Router, Routing, choose, renormalised
 
 
@@ -15,9 +16,9 @@ class TopKSigmoidRouter(Router):
     """
 
     def forward(
-        self, x_TD: Tensor, modality: int | None = None, noise_TE: Tensor | None = None
+        self, x_TD: Tensor, context: TokenContext | None = None, noise_TE: Tensor | None = None
     ) -> Routing:
-        """Route each token by itself; modality and noise play no part."""
+        """Route each token by itself; context and noise play no part."""
         logit_TE = self.score(x_TD)
         score_TE = logit_TE.sigmoid()
         expert_TK = choose(logit_TE, self.settings.top_k)

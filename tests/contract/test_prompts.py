@@ -41,7 +41,7 @@ class TinyTower(Tower):
     def embed(self, payload):
         return payload["x"], payload["mask"]
 
-    def block(self, index, x_NLD, mask_NL=None, keys_values=None):
+    def block(self, index, x_NLD, mask_NL=None, keys_values=None, context=None):
         query, key, value = self.mix[index](x_NLD).chunk(3, dim=-1)
         if keys_values is not None:
             key, value = (
@@ -214,9 +214,9 @@ def test_prefix_tokens_of_the_blank_row_are_not_routed(name, options):
     seen = []
 
     class Spy(TinyTower):
-        def block(self, index, x_NLD, mask_NL=None, keys_values=None):
+        def block(self, index, x_NLD, mask_NL=None, keys_values=None, context=None):
             seen.append((x_NLD.shape[1], mask_NL))
-            return super().block(index, x_NLD, mask_NL, keys_values)
+            return super().block(index, x_NLD, mask_NL, keys_values, context)
 
     backbone.towers["a"] = Spy(8, 4, causal=False)
     edits = prompt.start(torch.ones(1, 2, dtype=torch.bool), {"a": torch.tensor([0])})

@@ -223,3 +223,29 @@ def test_a_pretrained_model_that_does_not_fit_is_refused(tmp_path):
     config = MultimodalMoEConfig(num_labels=2, moe=SPARSE, modalities=["image"])
     with pytest.raises(ConfigError, match="with image, text, asked for"):
         build_model(config, pretrained=str(tmp_path))
+
+
+class Spy:
+    """Stands for a layer's router and notes what it is told."""
+
+    def __init__(self, layer):
+        self.router, self.seen = layer.router, []
+        layer.router.register_forward_pre_hook(lambda _, arguments: self.seen.append(arguments[1]))
+
+
+def test_routers_are_told_modality_combination_and_interaction():
+    model = model_of(moe=SPARSE)
+    layers = moe_layers(model.backbone)
+    image = Spy(layers["towers.image.layers.1.mlp"]).seen
+    text = Spy(layers["towers.text.layers.3.mlp"]).seen
+    model(**batch_of([TEXT_ONLY, BOTH]), interaction=torch.tensor([2, 1]))
+    assert [image[0].modality, text[0].modality] == [0, 1]
+    assert image[0].combination_T.tolist() == [3] * 17
+    assert text[0].combination_T.tolist() == [2] * 5 + [3] * 5  # of six text tokens one is padding
+    assert text[0].interaction_T.tolist() == [2] * 5 + [1] * 5
+    model(**batch_of([TEXT_ONLY]))
+    assert image[1].combination.tolist() == [3]  # the blank row, which has no real token
+    assert image[1].combination_T.tolist() == []
+    assert image[1].interaction is None
+    with pytest.raises(DataError, match=r"shape \(1,\); the batch has 2 samples"):
+        model(**batch_of([BOTH, BOTH]), interaction=torch.tensor([1]))
