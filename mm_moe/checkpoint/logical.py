@@ -13,35 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from mm_moe.errors import CheckpointError
-from mm_moe.moe.layer import MoELayer, moe_layers
-from mm_moe.moe.parallel import gather_experts, is_expert_parameter, slice_experts
+from mm_moe.moe.parallel_state import LogicalTensor, logical_tensors, model_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"  # the float32 copy that ZeRO keeps of every trainable parameter
 
 
-def _owner(name: str, layers: dict[str, MoELayer]) -> MoELayer:
-    for prefix, layer in layers.items():
-        if name.startswith(f"{prefix}."):
-            return layer
-    raise AssertionError(f"expert parameter {name} outside every MoE layer")
-
-
-def parameters_with_owner(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, MoELayer | None]]:
-    """Yield (name, parameter, its MoE layer if it is a stack of this rank's experts)."""
-    layers = moe_layers(model)
-    for name, parameter in model.named_parameters():
-        owner = _owner(name, layers) if is_expert_parameter(parameter) else None
-        yield name, parameter, owner
-
-
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with global expert stacks, on the CPU. A collective: call it on every rank."""
-    state = {name: entry.detach() for name, entry in model.state_dict().items()}
-    for name, parameter, owner in parameters_with_owner(model):
-        if owner is not None:
-            state[name] = gather_experts(parameter.detach(), owner)
-    return {name: entry.cpu().contiguous() for name, entry in state.items()}
+    tensors = logical_tensors(model, model_state(model))
+    return {entry.name: entry.gather(entry.parts).cpu().contiguous() for entry in tensors}
 
 
 def load_weights(model: nn.Module, read: Callable[[str], Tensor]) -> None:
@@ -54,25 +35,24 @@ def load_weights(model: nn.Module, read: Callable[[str], Tensor]) -> None:
     Raises:
         CheckpointError: a tensor is absent or has another shape; names it.
     """
-    owners = {name: owner for name, _, owner in parameters_with_owner(model)}
-    for name, target in model.state_dict().items():
+    for entry in logical_tensors(model, model_state(model)):
         try:
-            source = read(name)
+            source = read(entry.name)
         except KeyError as error:
-            raise CheckpointError(f"the checkpoint has no tensor {name!r}.") from error
-        owner = owners.get(name)
-        source = source if owner is None else slice_experts(source, owner)
-        if source.shape != target.shape:
+            raise CheckpointError(f"the checkpoint has no tensor {entry.name!r}.") from error
+        source, shape = entry.pick(source), entry.join(entry.parts).shape
+        if source.shape != shape:
             raise CheckpointError(
-                f"tensor {name!r} has shape {tuple(source.shape)} in the checkpoint and "
-                f"{tuple(target.shape)} in the model; resume with the settings of that run."
+                f"tensor {entry.name!r} has shape {tuple(source.shape)} in the checkpoint and "
+                f"{tuple(shape)} in the model; resume with the settings of that run."
             )
-        with torch.no_grad():
-            target.copy_(source)
+        for target, piece in zip(entry.parts, entry.split(source), strict=True):
+            target.copy_(piece)
 
 
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, MoELayer | None]]:
-    return (entry for entry in parameters_with_owner(model) if entry[1].requires_grad)
+def _trainable(model: nn.Module) -> Iterator[LogicalTensor]:
+    held = {name: entry for name, entry in model.named_parameters() if entry.requires_grad}
+    return logical_tensors(model, held)
 
 
 def _is_sharded(engine: Any) -> bool:
@@ -113,11 +93,10 @@ def optimizer_tensors(engine: Any) -> tuple[dict[str, Tensor], int]:
         base = base.optimizer
         _link_states(engine.optimizer)
     tensors: dict[str, Tensor] = {}
-    for name, parameter, owner in _trainable(engine.module):
+    for entry in _trainable(engine.module):
         for key in (*MOMENTS, MASTER):
-            value = _read_state(engine, parameter, key)
-            value = value if owner is None else gather_experts(value, owner)
-            tensors[f"{key}/{name}"] = value.detach().to("cpu", torch.float32).contiguous()
+            value = entry.gather([_read_state(engine, part, key) for part in entry.parts])
+            tensors[f"{key}/{entry.name}"] = value.detach().to("cpu", torch.float32).contiguous()
     step = max((int(entry["step"]) for entry in base.state.values() if "step" in entry), default=0)
     return tensors, step
 
@@ -130,17 +109,18 @@ def load_optimizer(engine: Any, read: Callable[[str], Tensor], step: int) -> Non
     """
     if _is_sharded(engine):
         _create_flat_states(engine.optimizer, step)
-    for name, parameter, owner in _trainable(engine.module):
+    for entry in _trainable(engine.module):
         for key in (*MOMENTS, MASTER):
             try:
-                value = read(f"{key}/{name}")
+                value = read(f"{key}/{entry.name}")
             except KeyError as error:
                 raise CheckpointError(
-                    f"the checkpoint has no optimizer state for {name!r}; it was frozen in the "
-                    "run that wrote it. Resume with that run's settings."
+                    f"the checkpoint has no optimizer state for {entry.name!r}; it was frozen in "
+                    "the run that wrote it. Resume with that run's settings."
                 ) from error
-            value = value if owner is None else slice_experts(value, owner)
-            _write_state(engine, parameter, key, value, step)
+            pieces = entry.split(entry.pick(value))
+            for part, piece in zip(entry.parts, pieces, strict=True):
+                _write_state(engine, part, key, piece, step)
 
 
 def _create_flat_states(zero_optimizer: Any, step: int) -> None:

@@ -23,6 +23,14 @@ from mm_moe.errors import ParallelismError
 from mm_moe.moe.dispatch import Dispatcher
 from mm_moe.moe.experts import Experts
 from mm_moe.moe.layer import MoELayer, moe_layers
+from mm_moe.moe.parallel_state import (
+    SpreadMoE,
+    experts_apart,
+    experts_together,
+    gather_experts,
+    is_expert_parameter,
+    slice_experts,
+)
 
 __all__ = [
     "ExpertParallelDispatcher",
@@ -174,12 +182,13 @@ class _Permute(torch.autograd.Function):
         return grad_RD.index_select(0, inverse_R), None, None
 
 
-class ExpertParallelMoE(MoELayer, MoE):
+class ExpertParallelMoE(SpreadMoE, MoE):
     """A sparse layer that holds this process' slice of the experts.
 
     DeepSpeed's engine recognises it as its own `MoE`: it reduces the gradients of the experts over
-    the expert-data group and those of the router over all processes. The names in the state dict
-    are those of `MoELayer`; expert tensors have a shorter first dimension.
+    the expert-data group and those of the router over all processes, and its `save_checkpoint` and
+    `load_checkpoint` keep one file per expert. The names in the state dict are those of `MoELayer`;
+    expert tensors have a shorter first dimension.
 
     Args:
         layer: the whole layer, identical on every process.
@@ -190,17 +199,12 @@ class ExpertParallelMoE(MoELayer, MoE):
     """
 
     def __init__(self, layer: MoELayer, *, ep_size: int) -> None:
-        # neither base class is initialised: one would draw new weights, the other build its experts
+        # no base class is initialised: one would draw new weights, the other build its experts
         nn.Module.__init__(self)
         check_layout(
             num_experts=layer.num_experts, ep_size=ep_size, world_size=dist.get_world_size()
         )
-        self.ep_size = ep_size
-        self.expert_group_name = f"ep_size_{ep_size}"
-        self.num_experts = layer.num_experts
-        self.num_local_experts = layer.num_experts // ep_size
-        self.width, self.settings = layer.width, layer.settings
-        groups._create_expert_and_data_parallel(ep_size)
+        self._take_part(layer, ep_size=ep_size)
         for name, child in layer.named_children():  # router and what works beside the experts
             self.add_module(name, child)
         if layer.companion is None:
@@ -214,23 +218,24 @@ class ExpertParallelMoE(MoELayer, MoE):
         self.dispatcher = ExpertParallelDispatcher(self.expert_group_name)
         self.train(layer.training)
 
-    @property
-    def first_expert(self) -> int:
-        """Global id of the first expert of this process."""
-        rank = dist.get_rank(groups._get_expert_parallel_group(self.expert_group_name))
-        return rank * self.num_local_experts
+    def state_dict(
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        """As of any module, but asked for this layer alone, the experts are named one by one.
 
-    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Called by DeepSpeed's engine; the groups exist since the layer was made.
-
-        Raises:
-            ParallelismError: the engine wants expert groups of strided ranks.
+        That is how DeepSpeed's engine asks when it writes one file per expert; a model's state dict
+        passes a destination, and gets the stacks. Both kinds of names can be loaded.
         """
-        if use_data_before_expert_parallel_:
-            raise ParallelismError(
-                "use_data_before_expert_parallel is not supported: experts live on consecutive "
-                "ranks; remove it from the DeepSpeed file."
-            )
+        alone = destination is None and not prefix and not args
+        state = super().state_dict(
+            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
+        )
+        return experts_apart(state) if alone else state
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        names = [name for name, _ in self.experts.named_parameters()]
+        experts_together(state_dict, prefix=prefix, names=names, count=self.num_local_experts)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def make_expert_parallel(model: nn.Module, *, ep_size: int) -> nn.Module:
@@ -249,7 +254,7 @@ def make_expert_parallel(model: nn.Module, *, ep_size: int) -> nn.Module:
     """
     layers = moe_layers(model)
     for name, layer in layers.items():
-        if isinstance(layer, ExpertParallelMoE):
+        if isinstance(layer, SpreadMoE):
             raise ParallelismError(f"layer {name!r} is expert-parallel already; build a new model.")
         check_layout(
             num_experts=layer.num_experts, ep_size=ep_size, world_size=dist.get_world_size()
@@ -261,28 +266,3 @@ def make_expert_parallel(model: nn.Module, *, ep_size: int) -> nn.Module:
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, replacement)
     return model
-
-
-def is_expert_parameter(parameter: Tensor) -> bool:
-    """Whether DeepSpeed treats a parameter as an expert's (not replicated on all processes)."""
-    return not getattr(parameter, "allreduce", True)
-
-
-def gather_experts(tensor_local: Tensor, layer: MoELayer) -> Tensor:
-    """The global (E, ...) tensor from every process' (L, ...) slice; a collective of the EP group.
-
-    On a layer that is not expert-parallel the tensor is global already and comes back as it is.
-    """
-    if not isinstance(layer, ExpertParallelMoE):
-        return tensor_local
-    group = groups._get_expert_parallel_group(layer.expert_group_name)
-    pieces = [torch.empty_like(tensor_local) for _ in range(layer.ep_size)]
-    dist.all_gather(pieces, tensor_local.contiguous(), group=group)
-    return torch.cat(pieces)
-
-
-def slice_experts(tensor_global: Tensor, layer: MoELayer) -> Tensor:
-    """A view of this process' slice (L, ...) of a global (E, ...) tensor; no communication."""
-    if not isinstance(layer, ExpertParallelMoE):
-        return tensor_global
-    return tensor_global[layer.first_expert : layer.first_expert + layer.num_local_experts]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from mm_moe.moe.parallel import is_expert_parameter
+from mm_moe.moe.parallel_state import dimensions_of_one, is_expert_parameter
 
 NO_DECAY_DIMENSIONS = 1  # biases, norms, gates and other vectors are not decayed
 
@@ -38,7 +38,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         expert = is_expert_parameter(parameter)
-        decays = parameter.ndim - int(expert) > NO_DECAY_DIMENSIONS
+        decays = dimensions_of_one(parameter) > NO_DECAY_DIMENSIONS
         key = (expert, decays, scale(name))
         if key not in groups:
             groups[key] = {

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from mm_moe.checkpoint.logical import full_weights, load_weights, parameters_with_owner
+from mm_moe.checkpoint.logical import full_weights, load_weights
 from mm_moe.errors import CheckpointError
 from mm_moe.moe.layer import MoELayer
+from mm_moe.moe.parallel_state import LogicalTensor, logical_tensors, model_state
 from mm_moe.moe.settings import MoESettings
 
 
@@ -49,16 +50,27 @@ def test_the_weights_hold_no_graph_and_are_contiguous():
     assert torch.equal(weights["0.weight"], model[0].weight)
 
 
-def test_no_parameter_of_a_plain_model_has_an_owner():
-    assert [owner for _, _, owner in parameters_with_owner(model_of(1))] == [None] * 7
+def test_no_tensor_of_a_plain_model_has_an_owner():
+    model = model_of(1)
+    tensors = list(logical_tensors(model, model_state(model)))
+    assert [entry.owner for entry in tensors] == [None] * 8
+    assert [entry.name for entry in tensors] == list(model.state_dict())
 
 
 def test_an_expert_parameter_belongs_to_its_layer():
     model = model_of(1)
     model[1].experts.w_in.allreduce = False
-    owners = {name: owner for name, _, owner in parameters_with_owner(model)}
+    owners = {entry.name: entry.owner for entry in logical_tensors(model, model_state(model))}
     assert owners["1.experts.w_in"] is model[1]
     assert owners["1.experts.w_out"] is None
+
+
+def test_single_experts_are_the_transposes_of_their_slices_of_the_stack():
+    first, second = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.zeros(2, 3)
+    entry = LogicalTensor(name="w", parts=(first, second), owner=None, single=True)
+    stack = entry.join(entry.parts)
+    assert stack[0].tolist() == [[1.0, 4.0], [2.0, 5.0], [3.0, 6.0]]
+    assert all(map(torch.equal, entry.split(stack), entry.parts))
 
 
 def test_an_absent_tensor_is_named():
