@@ -122,7 +122,7 @@ class TopKSoftmaxRouter(Router):
     """Softmax over all experts, the best K chosen, their probabilities renormalised to sum 1.
 
     Source: Shazeer et al. 2017, Fedus et al. 2022. We renormalise for every K (see `renormalised`);
-    Switch multiplies by the raw probability.
+    Switch multiplies by the raw probability, and so do we with `renormalise` False.
     """
 
     def forward(
@@ -132,5 +132,7 @@ class TopKSoftmaxRouter(Router):
         logit_TE = self.score(x_TD)
         prob_TE = logit_TE.softmax(-1)
         expert_TK = choose(logit_TE, self.settings.top_k)
-        weight_TK = renormalised(prob_TE.gather(-1, expert_TK))
+        weight_TK = prob_TE.gather(-1, expert_TK)
+        if self.settings.renormalise:
+            weight_TK = renormalised(weight_TK)
         return Routing(logit_TE, prob_TE, expert_TK, weight_TK)

@@ -28,6 +28,8 @@ class MoESettings:
         noise_std: noise of a noisy router, times 1 / num_experts.
         use_residual: mix the experts' output with a dense feed-forward's.
         num_shared_experts: feed-forwards that every token visits besides its choices.
+        renormalise: False multiplies a softmax router's choices by their raw probabilities (Switch,
+            and DeepSpeed's layer at top_k 1); True (default) makes them sum to 1.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -45,6 +47,7 @@ class MoESettings:
     noise_std: float = 1.0
     use_residual: bool = False
     num_shared_experts: int = 0
+    renormalise: bool = True
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -70,6 +73,11 @@ class MoESettings:
             raise ConfigError(
                 f"moe.use_residual and moe.num_shared_experts ({self.num_shared_experts}) exclude "
                 "each other; set num_shared_experts=0 or use_residual=False."
+            )
+        if not self.renormalise and self.router != "topk_softmax":
+            raise ConfigError(
+                f"moe.renormalise=False is for the router topk_softmax, not {self.router!r}; leave "
+                "it out."
             )
         ROUTERS.check(self.router)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import tensor
 
+from mm_moe.errors import ConfigError
 from mm_moe.moe.router import TopKSoftmaxRouter, choose, renormalised
 from mm_moe.moe.settings import MoESettings
 
@@ -28,6 +29,20 @@ def test_choices_and_weights_by_hand():
     torch.testing.assert_close(routing.prob_TE, tensor([[0.5, 0.25, 0.25]]))
     assert routing.expert_TK.tolist() == [[0, 1]]
     torch.testing.assert_close(routing.weight_TK, tensor([[2 / 3, 1 / 3]]))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_raw_probabilities_by_hand(top_k):
+    settings = MoESettings(num_experts=3, top_k=top_k, renormalise=False)
+    router = TopKSoftmaxRouter(width=2, settings=settings)
+    router.weight.data = tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    routing = router(tensor([[2.0, 1.0]]).log())
+    torch.testing.assert_close(routing.weight_TK, tensor([[0.5, 0.25]])[:, :top_k])
+
+
+def test_raw_probabilities_are_refused_for_other_routers():
+    with pytest.raises(ConfigError, match=r"renormalise.*topk_softmax.*'topk_sigmoid'"):
+        MoESettings(router="topk_sigmoid", renormalise=False)
 
 
 def test_one_choice_has_weight_one_and_still_teaches_the_router():
