@@ -50,7 +50,8 @@ def load_weights(model: nn.Module, read: Callable[[str], Tensor]) -> None:
             target.copy_(piece)
 
 
-def _trainable(model: nn.Module) -> Iterator[LogicalTensor]:
+def trainable_tensors(model: nn.Module) -> Iterator[LogicalTensor]:
+    """The logical tensors of what is trained, in the order of the model."""
     held = {name: entry for name, entry in model.named_parameters() if entry.requires_grad}
     return logical_tensors(model, held)
 
@@ -93,7 +94,7 @@ def optimizer_tensors(engine: Any) -> tuple[dict[str, Tensor], int]:
         base = base.optimizer
         _link_states(engine.optimizer)
     tensors: dict[str, Tensor] = {}
-    for entry in _trainable(engine.module):
+    for entry in trainable_tensors(engine.module):
         for key in (*MOMENTS, MASTER):
             value = entry.gather([_read_state(engine, part, key) for part in entry.parts])
             tensors[f"{key}/{entry.name}"] = value.detach().to("cpu", torch.float32).contiguous()
@@ -109,7 +110,7 @@ def load_optimizer(engine: Any, read: Callable[[str], Tensor], step: int) -> Non
     """
     if _is_sharded(engine):
         _create_flat_states(engine.optimizer, step)
-    for entry in _trainable(engine.module):
+    for entry in trainable_tensors(engine.module):
         for key in (*MOMENTS, MASTER):
             try:
                 value = read(f"{key}/{entry.name}")
