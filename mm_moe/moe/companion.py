@@ -7,21 +7,21 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mm_moe.moe.experts import ACTIVATIONS
+from mm_moe.moe.experts import find_activation
 
 
 class FeedForward(nn.Module):
-    """`fc2(act(fc1(x)))`."""
+    """`fc2(act(fc1(x)))`; where that is gated, `fc1` has 2F rows, those of the gate first."""
 
     def __init__(self, *, width: int, hidden: int, activation: str) -> None:
         super().__init__()
         self.activation = activation
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = nn.Linear(width, find_activation(activation).parts * hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Outputs (T, D)."""
-        return self.fc2(ACTIVATIONS[self.activation].forward(self.fc1(x_TD)))
+        return self.fc2(find_activation(self.activation).forward(self.fc1(x_TD)))
 
 
 class SharedExpert(FeedForward):

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mm_moe.errors import ConfigError
+from mm_moe.moe.companion import FeedForward
 from mm_moe.moe.experts import ACTIVATIONS, Experts, grouped_feed_forward
 
 
@@ -35,6 +36,45 @@ def test_one_row_by_hand():
     y = experts(torch.tensor([[1.0]]), torch.tensor([1, 0])).item()
     # h = 2 * 1 + 1 = 3; quick gelu 3 * sigmoid(5.106) = 2.98194; 2.98194 * 3 + 4
     assert y == pytest.approx(12.94582, abs=1e-4)
+
+
+def test_one_gated_row_by_hand():
+    experts = Experts(num_experts=1, width=1, hidden=2, activation="silu_gated")
+    # columns: gate of units 0 and 1, then what they multiply
+    experts.w_in.data = torch.tensor([[[1.0, -1.0, 3.0, 5.0]]])
+    experts.b_in.data = torch.tensor([[0.0, 0.0, 1.0, 0.0]])
+    experts.w_out.data = torch.tensor([[[1.0], [2.0]]])
+    y = experts(torch.tensor([[2.0]]), torch.tensor([1])).item()
+    # silu(2) = 1.761594, silu(-2) = -0.238406; 1.761594 * (6 + 1) * 1 - 0.238406 * 10 * 2
+    assert y == pytest.approx(7.56304, abs=1e-4)
+
+
+def test_a_dense_feed_forward_has_the_layout_of_an_expert():
+    experts = make(num_experts=1, activation="gelu_gated")
+    beside = FeedForward(width=4, hidden=5, activation="gelu_gated").double()
+    beside.fc1.weight.data, beside.fc1.bias.data = experts.w_in[0].t(), experts.b_in[0]
+    beside.fc2.weight.data, beside.fc2.bias.data = experts.w_out[0].t(), experts.b_out[0]
+    x_RD = torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(beside(x_RD), experts(x_RD, torch.tensor([3])))
+
+
+REFERENCE = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_activations_are_what_their_names_say(name):
+    x, y = torch.randn(7, 3).double(), torch.randn(7, 3).double()
+    torch.testing.assert_close(ACTIVATIONS[name].forward(x), REFERENCE[name](x))
+    gated = ACTIVATIONS[f"{name}_gated"].forward(torch.cat([x, y], -1))
+    torch.testing.assert_close(gated, REFERENCE[name](x) * y)
+    assert 2 * len(REFERENCE) == len(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -74,8 +114,9 @@ def test_frozen_experts_still_pass_gradients_to_their_inputs():
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 @pytest.mark.parametrize("rows", [[16, 8, 24], [0, 48, 0], [17, 0, 5]], ids=str)
-def test_grouped_products_equal_slices(rows):
-    experts = make(width=16, hidden=32, dtype=torch.bfloat16)
+@pytest.mark.parametrize("activation", ["gelu", "silu_gated"])
+def test_grouped_products_equal_slices(activation, rows):
+    experts = make(width=16, hidden=32, activation=activation, dtype=torch.bfloat16)
     x_RD = torch.randn(sum(rows), 16, dtype=torch.bfloat16, requires_grad=True)
     weights = (experts.w_in, experts.b_in, experts.w_out, experts.b_out)
     activation = ACTIVATIONS[experts.activation]
@@ -90,8 +131,9 @@ def test_grouped_products_equal_slices(rows):
         assert (ours_g.float() - theirs_g.float()).abs().max() <= 0.03 * scale
 
 
-def test_slice_copies_values_and_trainability():
-    experts = make()
+@pytest.mark.parametrize("activation", ["gelu", "silu_gated"])
+def test_slice_copies_values_and_trainability(activation):
+    experts = make(activation=activation)
     experts.b_out.requires_grad_(False)
     part = experts.slice(1, 3)
     for name, parameter in part.named_parameters():
