@@ -1,76 +1,27 @@
-"""An upcycled layer starts as the dense one, whatever library that came from."""
+"""What upcycling copies, and how noise and dropped units break the symmetry of the copies."""
 
 import pytest
 import torch
-from torch import nn
 
-from mm_moe.errors import ConfigError
+from mm_moe.moe.dense_parts import dense_parts
 from mm_moe.moe.settings import MoESettings
 from mm_moe.moe.upcycle import upcycle
 
 
-def clip_mlp(activation):
-    from transformers import CLIPVisionConfig
-    from transformers.models.clip.modeling_clip import CLIPMLP
+def plain_mlp(width, hidden):
+    from timm.layers import Mlp
 
-    return CLIPMLP(CLIPVisionConfig(hidden_size=24, intermediate_size=48, hidden_act=activation))
+    return Mlp(width, hidden)
 
 
-def open_clip_mlp(quick):
-    from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+def gated_mlp(width, hidden):
+    from timm.layers import SwiGLU
 
-    return ResidualAttentionBlock(24, 4, act_layer=QuickGELU if quick else nn.GELU).mlp
+    return SwiGLU(width, hidden)
 
 
 def timm_mlp():
-    from timm.layers import Mlp
-
-    return Mlp(24, 48)
-
-
-DENSE = {
-    "clip quick_gelu": lambda: clip_mlp("quick_gelu"),
-    "clip gelu": lambda: clip_mlp("gelu"),
-    "clip gelu_tanh": lambda: clip_mlp("gelu_pytorch_tanh"),
-    "open_clip gelu": lambda: open_clip_mlp(False),
-    "open_clip quick": lambda: open_clip_mlp(True),
-    "timm": timm_mlp,
-    "no bias": lambda: nn.Sequential(
-        nn.Linear(24, 48, bias=False), nn.GELU(), nn.Linear(48, 24, bias=False)
-    ),
-}
-
-
-VARIANTS = {
-    "sigmoid": {"router": "topk_sigmoid"},
-    "noisy": {"router": "noisy_topk"},
-    "residual": {"use_residual": True},
-    "one shared": {"num_shared_experts": 1},
-    "two shared": {"num_shared_experts": 2},
-}
-
-
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", ["clip quick_gelu", "no bias"])
-def test_every_variant_equals_the_dense_one(kind, variant, top_k):
-    torch.manual_seed(0)
-    mlp = DENSE[kind]()
-    layer = upcycle(mlp, settings=MoESettings(top_k=top_k, **VARIANTS[variant]))
-    x = torch.randn(5, 7, 24)
-    y, _ = layer(x)
-    assert (y - mlp(x)).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("kind", DENSE)
-def test_the_sparse_layer_equals_the_dense_one(kind, top_k):
-    torch.manual_seed(0)
-    mlp = DENSE[kind]()
-    layer = upcycle(mlp, settings=MoESettings(num_experts=4, top_k=top_k))
-    x = torch.randn(5, 7, 24)
-    y, _ = layer(x)
-    assert (y - mlp(x)).abs().max() <= 1e-5
+    return plain_mlp(24, 48)
 
 
 def test_gradients_of_the_experts_add_up_to_the_dense_one():
@@ -106,45 +57,53 @@ def test_noise_breaks_the_symmetry_by_its_size_and_repeats_with_its_generator():
     assert not torch.equal(first.experts.w_in[0], first.experts.w_in[1])
 
 
-def test_shapes_alone_are_enough_on_the_meta_device():
-    with torch.device("meta"):
-        layer = upcycle(clip_mlp("quick_gelu"), settings=MoESettings())
-    assert layer.experts.w_in.is_meta
-    assert layer.experts.activation == "quick_gelu"
+def spread(tensor):
+    return tensor.std(correction=0).item()
 
 
-class Reversed(nn.Module):
-    """Declares its projections in the wrong order."""
-
-    def __init__(self):
-        super().__init__()
-        self.down, self.act, self.up = nn.Linear(48, 24), nn.GELU(), nn.Linear(24, 48)
-
-    def forward(self, x):
-        return self.down(self.act(self.up(x)))
-
-
-@pytest.mark.parametrize(
-    ("module", "words"),
-    [
-        (nn.Linear(4, 4), "two linear layers"),
-        (nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 5)), "8 -> 5"),
-        (nn.Sequential(nn.Linear(4, 8), nn.Mish(), nn.Linear(8, 4)), "Mish"),
-        (
-            nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Dropout(0.1), nn.Linear(8, 4)),
-            "dropout only at 0",
-        ),
-        (
-            nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 4)),
-            "LayerNorm",
-        ),
-    ],
-)
-def test_what_cannot_be_upcycled_is_told(module, words):
-    with pytest.raises(ConfigError, match=words):
-        upcycle(module, settings=MoESettings())
+@pytest.mark.parametrize("gated", [False, True])
+def test_dropped_units_are_drawn_anew_with_their_own_spread_and_the_others_kept(gated):
+    torch.manual_seed(0)
+    mlp = gated_mlp(40, 200) if gated else plain_mlp(40, 200)
+    torch.nn.init.normal_(mlp.fc2.weight, mean=0.5, std=0.1)
+    generator = torch.Generator().manual_seed(3)
+    layer = upcycle(mlp, settings=MoESettings(), drop=0.35, generator=generator)
+    parts, experts, chosen = dense_parts(mlp), layer.experts, []
+    for e in range(4):
+        changed_G = (experts.w_in[e] != parts.w_in).any(0)
+        changed_F = (experts.w_out[e] != parts.w_out).any(1)
+        assert changed_F.sum() == 70  # of 200 units
+        assert torch.equal(changed_G, changed_F.repeat(2 if gated else 1))
+        assert torch.equal(experts.b_out[e], parts.b_out)
+        for new_FD, old_FD in (
+            *zip(experts.w_in[e].t().split(200), parts.w_in.t().split(200), strict=True),
+            (experts.w_out[e], parts.w_out),
+        ):
+            new, old = new_FD[changed_F], old_FD[changed_F]
+            assert spread(new) == pytest.approx(spread(old), rel=0.07)
+            assert new.mean().item() == pytest.approx(old.mean().item(), abs=0.1 * spread(old))
+        chosen.append(tuple(changed_F.tolist()))
+    assert len(set(chosen)) == 4  # every expert loses units of its own
 
 
-def test_a_module_that_does_not_run_in_the_order_of_its_parts_is_refused():
-    with pytest.raises(ConfigError, match="in the order"):
-        upcycle(Reversed(), settings=MoESettings())
+def test_dropping_repeats_with_the_seed_and_leaves_what_works_beside_the_experts():
+    mlp = plain_mlp(24, 48)
+    layers = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        layers.append(upcycle(mlp, settings=MoESettings(num_shared_experts=1), drop=0.5))
+    for a, b in zip(*(layer.parameters() for layer in layers), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(layers[0].companion.fc1.weight, mlp.fc1.weight)
+    layer = upcycle(mlp, settings=MoESettings(), drop=0.02)  # less than one unit
+    assert torch.equal(layer.experts.w_in[3], mlp.fc1.weight.t())
+
+
+def test_the_biases_of_dropped_units_are_drawn_too():
+    mlp = plain_mlp(4, 6)
+    mlp.fc1.bias.data = torch.full((6,), 3.0)
+    layer = upcycle(mlp, settings=MoESettings(num_experts=2), drop=1.0)
+    assert torch.equal(layer.experts.b_in, torch.full((2, 6), 3.0))  # mean 3, no spread
+    mlp.fc1.bias.data = torch.arange(6.0)
+    layer = upcycle(mlp, settings=MoESettings(num_experts=2), drop=1.0)
+    assert not torch.equal(layer.experts.b_in[0], mlp.fc1.bias)
