@@ -9,6 +9,7 @@ from pathlib import Path
 from launch.cli import ProgramParser, run_program
 from mm_moe.checkpoint import hub, store
 from mm_moe.errors import CheckpointError, ConfigError
+from mm_moe.models.mismatch import check_folder
 
 # What resumes a run but does not belong into a published model.
 RESUME_ONLY = (
@@ -51,10 +52,11 @@ def main(argv: list[str]) -> int:
         hub.check_repo_id(options.push_to_hub)
     source = model_folder(options.run, options.checkpoint)
     target = options.output or source
+    taken = options.output and options.output.exists()
+    if taken and (not options.output.is_dir() or any(options.output.iterdir())):
+        raise ConfigError(f"--output {str(options.output)!r} is not empty; name a new folder.")
+    check_folder(source)
     if options.output:
-        taken = not options.output.is_dir() or any(options.output.iterdir())
-        if options.output.exists() and taken:
-            raise ConfigError(f"--output {str(options.output)!r} is not empty; name a new folder.")
         ignore = shutil.ignore_patterns(*RESUME_ONLY, "random-*.pt")
         shutil.copytree(source, options.output, ignore=ignore, dirs_exist_ok=True)
         if (options.run / "run.json").is_file():

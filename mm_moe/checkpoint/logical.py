@@ -7,12 +7,14 @@ checkpoint written at one expert-parallel size is read at any other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mm_moe.errors import CheckpointError
+from mm_moe.models.shapes import WAY_OUT, shape_difference
 from mm_moe.moe.parallel_state import LogicalTensor, logical_tensors, model_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -25,29 +27,41 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
     return {entry.name: entry.gather(entry.parts).cpu().contiguous() for entry in tensors}
 
 
-def load_weights(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+def load_weights(
+    model: nn.Module, read: Callable[[str], Tensor], *, file: str | Path = "the checkpoint"
+) -> None:
     """Copy logical tensors into a (possibly expert-parallel) model.
 
     Args:
         model: the model to fill.
         read: returns the logical tensor of a name; raises KeyError when there is none.
+        file: where they come from, for the error's text.
 
     Raises:
-        CheckpointError: a tensor is absent or has another shape; names it.
+        CheckpointError: a tensor is absent or has another shape, such as that of too few or too
+            many experts; names file and tensor and both shapes.
     """
     for entry in logical_tensors(model, model_state(model)):
-        try:
-            source = read(entry.name)
-        except KeyError as error:
-            raise CheckpointError(f"the checkpoint has no tensor {entry.name!r}.") from error
-        source, shape = entry.pick(source), entry.join(entry.parts).shape
-        if source.shape != shape:
-            raise CheckpointError(
-                f"tensor {entry.name!r} has shape {tuple(source.shape)} in the checkpoint and "
-                f"{tuple(shape)} in the model; resume with the settings of that run."
-            )
-        for target, piece in zip(entry.parts, entry.split(source), strict=True):
+        pieces = entry.split(entry.pick(_fetch(read, entry, entry.name, file=file)))
+        for target, piece in zip(entry.parts, pieces, strict=True):
             target.copy_(piece)
+
+
+def _fetch(
+    read: Callable[[str], Tensor], entry: LogicalTensor, name: str, *, file: str | Path
+) -> Tensor:
+    """The tensor `name` of a checkpoint, shaped as the whole of `entry`."""
+    try:
+        found = read(name)
+    except KeyError as error:
+        reason = "" if name == entry.name else "; its parameter was frozen in the run that wrote it"
+        raise CheckpointError(f"{str(file)!r} has no tensor {name!r}{reason}. {WAY_OUT}") from error
+    shape = entry.join(entry.parts).shape
+    if entry.owner is not None:
+        shape = torch.Size([entry.owner.num_experts, *shape[1:]])
+    if found.shape != shape:
+        raise CheckpointError(f"{str(file)!r}: {shape_difference(name, found.shape, shape)}")
+    return found
 
 
 def trainable_tensors(model: nn.Module) -> Iterator[LogicalTensor]:
@@ -102,24 +116,31 @@ def optimizer_tensors(engine: Any) -> tuple[dict[str, Tensor], int]:
     return tensors, step
 
 
-def load_optimizer(engine: Any, read: Callable[[str], Tensor], step: int) -> None:
+def load_optimizer(
+    engine: Any,
+    read: Callable[[str], Tensor],
+    step: int,
+    *,
+    file: str | Path = "the checkpoint",
+) -> None:
     """Put logical moments and masters back, at any ZeRO stage <= 2 and any layout.
 
+    Args:
+        engine: a fresh engine.
+        read: returns the tensor "KIND/NAME"; raises KeyError when there is none.
+        step: of the optimizer.
+        file: where they come from, for the error's text.
+
     Raises:
-        CheckpointError: a trainable parameter has no state in the checkpoint; names it.
+        CheckpointError: a trainable parameter has no state in the checkpoint, or one of another
+            shape; names file and tensor and both shapes.
     """
     if _is_sharded(engine):
         _create_flat_states(engine.optimizer, step)
     for entry in trainable_tensors(engine.module):
         for key in (*MOMENTS, MASTER):
-            try:
-                value = read(f"{key}/{entry.name}")
-            except KeyError as error:
-                raise CheckpointError(
-                    f"the checkpoint has no optimizer state for {entry.name!r}; it was frozen in "
-                    "the run that wrote it. Resume with that run's settings."
-                ) from error
-            pieces = entry.split(entry.pick(value))
+            whole = _fetch(read, entry, f"{key}/{entry.name}", file=file)
+            pieces = entry.split(entry.pick(whole))
             for part, piece in zip(entry.parts, pieces, strict=True):
                 _write_state(engine, part, key, piece, step)
 

@@ -20,6 +20,7 @@ from mm_moe.backbones.base import Backbone, Payload, Tower, check_options
 from mm_moe.batch import pattern_index
 from mm_moe.errors import CheckpointError, ConfigError, DataError
 from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.models.shapes import shape_difference
 from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import MoELayer, RoutingRecord, moe_layers
 from mm_moe.moe.settings import MoESettings
@@ -154,17 +155,27 @@ class MultimodalMoEModel(PreTrainedModel):
         A new head, logit scale or prompt is fine: that is how a checkpoint is taken over.
 
         Raises:
-            CheckpointError: the checkpoint lacks weights of the backbone.
+            CheckpointError: the checkpoint lacks weights of the backbone, or has one of another
+                shape (`ignore_mismatched_sizes=True` draws that one anew).
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+        loaded: Any = super().from_pretrained(
+            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
         model, info = loaded
+        source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
         lost = sorted(k for k in info["missing_keys"] if not k.startswith(OPTIONAL_ON_LOAD))
         if lost:
             raise CheckpointError(
-                f"the checkpoint lacks {len(lost)} tensors of the model, the first is {lost[0]!r}; "
-                "load it with its own config.json."
+                f"the weights of {source!r} lack {len(lost)} tensors of the model, the first is "
+                f"{lost[0]!r}; load them with their own config.json."
             )
+        for name, found, expected in sorted(info["mismatched_keys"]):
+            if not may_differ:
+                raise CheckpointError(
+                    f"the weights of {source!r}: {shape_difference(name, found, expected)}"
+                )
         return (model, info) if wants_info else model
 
     def _towers(self) -> list[tuple[str, Tower]]:

@@ -84,10 +84,9 @@ def restore(folder: Path, *, engine, scheduler) -> None:
         CheckpointError: a tensor is missing or has another shape.
     """
     progress = json.loads((folder / PROGRESS).read_text())
-    logical.load_weights(engine.module, store.reader(folder / store.WEIGHTS))
-    logical.load_optimizer(
-        engine, store.reader(folder / store.OPTIMIZER), progress["optimizer_step"]
-    )
+    weights, moments = folder / store.WEIGHTS, folder / store.OPTIMIZER
+    logical.load_weights(engine.module, store.reader(weights), file=weights)
+    logical.load_optimizer(engine, store.reader(moments), progress["optimizer_step"], file=moments)
     saved = json.loads((folder / store.SCHEDULER).read_text())
     scheduler.load_state_dict({**scheduler.state_dict(), **saved})
     rates = saved["_last_lr"]

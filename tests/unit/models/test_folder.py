@@ -101,7 +101,7 @@ def test_a_lost_tensor_is_an_error(tmp_path):
     name = next(k for k in state if k.endswith("experts.w_in"))
     state.pop(name)
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"lacks 1 tensors.*{name}"):
+    with pytest.raises(CheckpointError, match=f"lack 1 tensors.*{name}"):
         MultimodalMoEModel.from_pretrained(tmp_path)
 
 
