@@ -81,6 +81,13 @@ ROUTERS = Registry(
         "topk_softmax": "mm_moe.moe.router:TopKSoftmaxRouter",
         "topk_sigmoid": "mm_moe.moe.router_sigmoid:TopKSigmoidRouter",
         "noisy_topk": "mm_moe.moe.router_noisy:NoisyTopKRouter",
+        "jitter_topk": "mm_moe.moe.router_jitter:JitterTopKRouter",
+        "rsample_topk": "mm_moe.moe.router_rsample:RSampleTopKRouter",
+        "expert_choice": "mm_moe.moe.router_expert_choice:ExpertChoiceRouter",
+        "soft_slots": "mm_moe.moe.router_soft:SoftSlotsRouter",
+        "by_modality": "mm_moe.moe.router_by_modality:ByModalityRouter",
+        "by_combination": "mm_moe.moe.router_by_combination:ByCombinationRouter",
+        "by_interaction": "mm_moe.moe.router_by_interaction:ByInteractionRouter",
     },
 )
 PROMPTS = Registry(

@@ -5,6 +5,7 @@ Axes: B samples, M modalities, N packed rows of one modality, D width of a featu
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -101,10 +102,15 @@ class MultimodalMoEModel(PreTrainedModel):
                 on_meta = next(dense.parameters()).is_meta
                 sparse = upcycle(
                     dense,
-                    settings=MoESettings.from_dict(self.config.moe or {}),
+                    settings=self._moe_settings(),
                     noise=0.0 if on_meta else self.config.upcycle_noise,
                 )
                 setattr(parent, attribute, sparse)
+
+    def _moe_settings(self) -> MoESettings:
+        """The settings of the sparse layers, with what only the model knows."""
+        settings = MoESettings.from_dict(self.config.moe or {})
+        return dataclasses.replace(settings, num_modalities=len(self.modalities))
 
     def _new_prompt(self) -> Prompt:
         prompt_class = PROMPTS.resolve(self.config.prompt)

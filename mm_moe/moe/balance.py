@@ -20,11 +20,11 @@ SumOverRanks = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class RoutingSums:
-    """Totals over the tokens of all ranks; `prob_E` and `z` carry gradients.
+    """Totals over the tokens of all ranks; `prob_E` and `z` carry gradients, `entropy` if asked.
 
     Attributes:
         prob_E: sum of router probabilities per expert.
-        routed_E: number of choices per expert, before any dropping.
+        routed_E: number of choices per expert, before any dropping; the same on every rank.
         z: sum of squared log-partition values.
         entropy: sum of the entropies of the router's distributions (nats).
         dropped: number of choices dropped for lack of capacity.
@@ -46,6 +46,7 @@ class RoutingSums:
         prob_TE: Tensor,
         expert_TK: Tensor,
         dropped: Tensor | None = None,
+        entropy_gradient: bool = False,
         sum_over_ranks: SumOverRanks = lambda totals: totals,
     ) -> RoutingSums:
         """Sum this rank's tokens, then sum over ranks in one collective.
@@ -53,9 +54,13 @@ class RoutingSums:
         Zero tokens are legal: the sums are zero and stay connected to the graph.
         """
         num_tokens, num_experts = prob_TE.shape
-        routed_E = torch.bincount(expert_TK.flatten(), minlength=num_experts).to(prob_TE.dtype)
+        routed_E = torch.bincount(expert_TK.flatten(), minlength=num_experts)[:num_experts]
+        routed_E = routed_E.to(prob_TE.dtype)  # id E stands for "no choice"
         z = logit_TE.logsumexp(-1).square().sum()
-        entropy = torch.special.entr(prob_TE.detach()).sum()
+        # the clamp keeps the gradient of an underflowed probability finite
+        tiny = torch.finfo(prob_TE.dtype).tiny
+        sure_TE = prob_TE.clamp(min=tiny) if entropy_gradient else prob_TE.detach()
+        entropy = torch.special.entr(sure_TE).sum()
         dropped = prob_TE.new_zeros(()) if dropped is None else dropped.to(prob_TE.dtype)
         tokens = prob_TE.new_tensor(float(num_tokens))
         scalars = torch.stack([z, entropy, dropped, tokens])
@@ -66,7 +71,7 @@ class RoutingSums:
             prob_E=prob_E,
             routed_E=routed_E.detach(),
             z=z,
-            entropy=entropy.detach(),
+            entropy=entropy,
             dropped=dropped.detach(),
             tokens=tokens.detach(),
         )
@@ -81,6 +86,39 @@ def load_balance(sums: RoutingSums) -> Tensor:
     share_E = sums.routed_E / sums.routed_E.sum().clamp(min=1)
     mean_E = sums.prob_E / sums.tokens.clamp(min=1)
     return sums.prob_E.shape[0] * (share_E * mean_E).sum()
+
+
+def load_balance_in_groups(sums: RoutingSums, num_groups: int) -> Tensor:
+    """The load-balance loss inside each group of E / G experts, weighted by the group's tokens.
+
+    For routers that send a token to its group by what it is: how many tokens a group gets is not
+    theirs to balance. 1 when the load is even inside every group; with one group, `load_balance`.
+    """
+    routed_GE = sums.routed_E.view(num_groups, -1)
+    prob_GE = sums.prob_E.view(num_groups, -1)
+    share_GE = routed_GE / routed_GE.sum(-1, keepdim=True).clamp(min=1)
+    # probabilities of a group sum to its tokens, so (tokens / T) * (prob / tokens) is prob / T
+    return prob_GE.shape[1] * (share_GE * prob_GE).sum() / sums.tokens.clamp(min=1)
+
+
+def local_entropy(sums: RoutingSums) -> Tensor:
+    """Mean entropy of the tokens' distributions over experts: low when each token is decided.
+
+    Source: LIMoE (Mustafa et al. 2022), the local loss. A layer's call sees the tokens of one
+    modality, so the loss is per modality, as theirs.
+    """
+    return sums.entropy / sums.tokens.clamp(min=1)
+
+
+def global_entropy(sums: RoutingSums, threshold: float) -> Tensor:
+    """max(0, threshold - entropy of the mean distribution): 0 when enough experts are used.
+
+    With threshold log(S), a modality may settle on S experts without cost. 0 when no rank has a
+    token. Source: LIMoE (Mustafa et al. 2022), the global loss with its threshold.
+    """
+    mean_E = sums.prob_E / sums.tokens.clamp(min=1)
+    entropy = torch.special.entr(mean_E.clamp(min=torch.finfo(mean_E.dtype).tiny)).sum()
+    return (threshold - entropy).clamp(min=0) * (sums.tokens > 0)
 
 
 def router_z(sums: RoutingSums) -> Tensor:

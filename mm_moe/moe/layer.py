@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from mm_moe.moe.balance import RoutingSums
+from mm_moe.moe.balance import RoutingSums, router_z
 from mm_moe.moe.capacity import within_capacity
 from mm_moe.moe.companion import Residual, SharedExpert
 from mm_moe.moe.context import TokenContext
 from mm_moe.moe.dispatch import Dispatcher, LocalDispatcher
 from mm_moe.moe.experts import Experts
-from mm_moe.moe.noise import draw_seed, normal_by_place
 from mm_moe.moe.router import Routing
 from mm_moe.moe.settings import MoESettings
 from mm_moe.registry import ROUTERS
@@ -29,13 +27,17 @@ class RoutingRecord:
     Attributes:
         tokens_E: int64 (E,), rows that this process sent to each global expert.
         losses: name -> scalar, multiplied by its coefficient, over the tokens of all ranks.
-        metrics: name -> detached scalar over the tokens of all ranks: the mean entropy of the
-            router (nats) and the dropped share of the choices.
+        metrics: name -> detached scalar over the tokens of all ranks: `router_entropy` (mean, in
+            nats), `router_z` (mean squared log-partition value), `dropped` (share of the choices)
+            and `tokens` (how many there were).
+        load_E: int64 (E,), choices for each global expert over all ranks, before any dropping: what
+            a router's bias is updated by.
     """
 
     tokens_E: Tensor
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
+    load_E: Tensor | None = None
 
 
 class MoELayer(nn.Module):
@@ -82,7 +84,11 @@ class MoELayer(nn.Module):
         real_T = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
         x_TD = flat_TD if real_T is None else flat_TD.index_select(0, real_T)
         routing = self._route(x_TD, (context or TokenContext()).at(x.shape[:-1], real_T))
-        y_TD, tokens_E = self.dispatcher(x_TD, routing, self.experts)
+        mixing = routing.mixing
+        x_RD = x_TD if mixing is None else mixing.to_rows(x_TD)
+        y_TD, tokens_E = self.dispatcher(x_RD, routing, self.experts)
+        if mixing is not None:
+            y_TD = mixing.to_tokens(y_TD)
         if self.companion is not None:
             y_TD = self.companion.join(x_TD, y_TD)
         if real_T is not None:
@@ -90,41 +96,41 @@ class MoELayer(nn.Module):
         return y_TD.view(x.shape), self._record(routing, tokens_E)
 
     def _route(self, x_TD: Tensor, context: TokenContext) -> Routing:
-        noise_TE = None
-        if self.training and self.router.uses_noise:
-            noise_TE = self._noise(x_TD)
-        routing = self.router(x_TD, context, noise_TE)
+        gather = self.dispatcher.gather_over_ranks
+        wanted = self.router.wanted_noise() if self.training else None
+        noise = None
+        if wanted is not None:
+            noise = wanted.of_batch(len(x_TD), device=x_TD.device, gather_over_ranks=gather)
+        routing = self.router.agree(self.router(x_TD, context, noise), gather)
         if self.settings.drop_tokens:
             routing = within_capacity(
                 routing,
                 settings=self.settings,
                 training=self.training,
-                gather_over_ranks=self.dispatcher.gather_over_ranks,
+                gather_over_ranks=gather,
             )
         return routing
 
-    def _noise(self, x_TD: Tensor) -> Tensor:
-        """Noise by place in the whole batch, from the first rank's seed."""
-        seed = torch.tensor([draw_seed()], device=x_TD.device)
-        seeds, _ = self.dispatcher.gather_over_ranks(seed)
-        place_T = torch.arange(len(x_TD), device=x_TD.device)
-        _, start = self.dispatcher.gather_over_ranks(place_T)
-        return normal_by_place(int(seeds[0]), place_T + start, self.num_experts)
-
     def _record(self, routing: Routing, tokens_E: Tensor) -> RoutingRecord:
+        dropped = None
+        if routing.keep_TK is not None:
+            dropped = (routing.expert_TK < self.num_experts).sum() - tokens_E.sum()
         sums = RoutingSums.of(
             logit_TE=routing.logit_TE,
             prob_TE=routing.prob_TE,
             expert_TK=routing.expert_TK,
-            dropped=routing.expert_TK.numel() - tokens_E.sum(),
+            dropped=dropped,
+            entropy_gradient=self.settings.local_entropy_coef > 0,
             sum_over_ranks=self.dispatcher.sum_over_ranks,
         )
         metrics = {
-            "router_entropy": sums.entropy / sums.tokens.clamp(min=1),
+            "router_entropy": (sums.entropy / sums.tokens.clamp(min=1)).detach(),
+            "router_z": router_z(sums).detach(),
             "dropped": sums.dropped / sums.routed_E.sum().clamp(min=1),
+            "tokens": sums.tokens,
         }
         losses = self.router.losses(routing, sums, self.dispatcher.sum_over_ranks)
-        return RoutingRecord(tokens_E=tokens_E, losses=losses, metrics=metrics)
+        return RoutingRecord(tokens_E, losses, metrics, sums.routed_E.round().long())
 
 
 def _companion(

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mm_moe.moe.balance import RoutingSums, SumOverRanks, router_z
+from mm_moe.moe.balance import RoutingSums, SumOverRanks
 from mm_moe.moe.context import TokenContext
+from mm_moe.moe.noise import Noise, normal_by_place
 from mm_moe.moe.router import Router, Routing, choose, renormalised
 
 
@@ -30,16 +31,18 @@ class NoisyTopKRouter(Router):
     Source: V-MoE (Riquelme et al. 2021), appendix A. We renormalise the weights over the choices.
     """
 
-    uses_noise = True
+    def wanted_noise(self) -> Noise | None:
+        """A standard normal value for each expert."""
+        return Noise(normal_by_place, self.settings.num_experts) if self._std else None
 
     def forward(
-        self, x_TD: Tensor, context: TokenContext | None = None, noise_TE: Tensor | None = None
+        self, x_TD: Tensor, context: TokenContext | None = None, noise: Tensor | None = None
     ) -> Routing:
-        """Route each token by itself; `noise_TE` is standard normal, None outside training."""
+        """Route each token by itself; `noise` is standard normal, None outside training."""
         logit_TE = self.score(x_TD)
         noisy_TE = logit_TE
-        if noise_TE is not None:
-            noisy_TE = logit_TE + self._std * noise_TE.to(logit_TE.dtype)
+        if noise is not None:
+            noisy_TE = logit_TE + self._std * noise.to(logit_TE.dtype)
         expert_TK = choose(noisy_TE, self.settings.top_k)
         weight_TK = renormalised(noisy_TE.softmax(-1).gather(-1, expert_TK))
         return Routing(logit_TE, logit_TE.softmax(-1), expert_TK, weight_TK, noisy_TE=noisy_TE)
@@ -55,7 +58,7 @@ class NoisyTopKRouter(Router):
         half = self.settings.load_balance_coef / 2
         losses = {
             "importance": half * squared_variation(sums.prob_E),
-            "router_z": self.settings.router_z_coef * router_z(sums),
+            **self.shared_losses(sums),
         }
         if self.training and self._std > 0:
             losses["load"] = half * squared_variation(sum_over_ranks(self._load(routing)))

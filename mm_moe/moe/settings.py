@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from mm_moe.errors import ConfigError
 from mm_moe.registry import ROUTERS, nearest
+
+_OFF_AT_ZERO = (
+    "load_balance_coef",
+    "router_z_coef",
+    "noise_std",
+    "jitter_eps",
+    "local_entropy_coef",
+    "global_entropy_coef",
+    "bias_update_rate",
+    "num_modalities",
+    "num_shared_experts",
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,17 @@ class MoESettings:
         capacity_factor: capacity relative to an even load while training.
         eval_capacity_factor: the same outside training.
         min_capacity: rows that an expert takes at least.
-        noise_std: noise of a noisy router, times 1 / num_experts.
+        noise_std: noise of the router `noisy_topk`, times 1 / num_experts.
+        jitter_eps: half width of the factor around 1 of the router `jitter_topk`.
+        slots_per_expert: slots that each expert has for a sequence, of the router `soft_slots`.
+        local_entropy_coef: weight of the tokens' mean entropy (LIMoE; 0 turns it off).
+        global_entropy_coef: weight of the missing entropy of the mean distribution (LIMoE).
+        global_entropy_threshold: entropy (nats) from which the global loss is 0; log(S) lets a
+            modality settle on S experts. None for log(num_experts), the most there is.
+        bias_update_rate: step of the bias that balances the choices of `topk_softmax` and
+            `topk_sigmoid` without a loss (DeepSeek-V3: 0.001; 0 turns it off).
+        num_modalities: of the model, which fills it in; for `by_modality` and `by_combination`.
+        num_interactions: types of interaction that `by_interaction` tells apart.
         use_residual: mix the experts' output with a dense feed-forward's.
         num_shared_experts: feed-forwards that every token visits besides its choices.
         renormalise: False multiplies a softmax router's choices by their raw probabilities (Switch,
@@ -45,6 +68,14 @@ class MoESettings:
     eval_capacity_factor: float = 2.0
     min_capacity: int = 4
     noise_std: float = 1.0
+    jitter_eps: float = 0.01
+    slots_per_expert: int = 1
+    local_entropy_coef: float = 0.0
+    global_entropy_coef: float = 0.0
+    global_entropy_threshold: float | None = None
+    bias_update_rate: float = 0.0
+    num_modalities: int = 0
+    num_interactions: int = 4
     use_residual: bool = False
     num_shared_experts: int = 0
     renormalise: bool = True
@@ -57,12 +88,21 @@ class MoESettings:
                 f"moe.top_k ({self.top_k}) must lie between 1 and moe.num_experts "
                 f"({self.num_experts}); try top_k={min(max(self.top_k, 1), self.num_experts)}."
             )
-        for name in ("load_balance_coef", "router_z_coef", "noise_std", "num_shared_experts"):
+        for name in _OFF_AT_ZERO:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(
                     f"moe.{name} ({getattr(self, name)}) must be finite and not negative; "
                     "0 turns it off."
                 )
+        for name in ("slots_per_expert", "num_interactions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"moe.{name} ({getattr(self, name)}) must be at least 1.")
+        if not 0 <= (self.global_entropy_threshold or 0) < float("inf"):
+            raise ConfigError(
+                f"moe.global_entropy_threshold ({self.global_entropy_threshold}) must be an "
+                f"entropy in nats, 0 to log(num_experts) "
+                f"= {math.log(self.num_experts):.3f}; None is that."
+            )
         for name in ("capacity_factor", "eval_capacity_factor", "min_capacity"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(
