@@ -69,8 +69,11 @@ class Routing:
 def choose(score_TE: Tensor, k: int) -> Tensor:
     """The K experts (T, K) with the highest scores; of equal scores the lower expert id wins.
 
-    `torch.topk` leaves the order of ties open, and two ranks must never differ.
+    `torch.topk` leaves the order of ties open, and two ranks must never differ; `argmax` promises
+    the first and is faster than a sort.
     """
+    if k == 1:
+        return score_TE.argmax(dim=-1, keepdim=True)
     return score_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 

@@ -18,7 +18,8 @@ from tests.distributed.harness import run_distributed
 pytestmark = pytest.mark.distributed
 
 WIDTH, HIDDEN, BOUND = 6, 10, 1e-11
-TOKENS = {  # tokens per rank (as many as there are ranks)
+LENGTH = 3  # tokens of a row, of which some are not real
+TOKENS = {  # rows per rank (as many as there are ranks)
     "even": [5, 5, 5, 5],
     "uneven": [9, 2, 1, 4],
     "a rank without": [0, 7, 3, 0],
@@ -30,6 +31,17 @@ VARIANTS = {
     "one expert": {},  # all tokens choose the same expert
     "capacity": {"drop_tokens": True, "capacity_factor": 0.6, "min_capacity": 1},
     "sigmoid": {"router": "topk_sigmoid"},
+    "softmax bias": {"bias_update_rate": 0.05},
+    "sigmoid bias": {"router": "topk_sigmoid", "bias_update_rate": 0.05},
+    "entropies": {"local_entropy_coef": 0.4, "global_entropy_coef": 0.5},
+    "jitter": {"router": "jitter_topk", "jitter_eps": 0.3},
+    "sample": {"router": "rsample_topk"},
+    "expert choice": {"router": "expert_choice", "capacity_factor": 1.5},
+    "soft slots": {"router": "soft_slots", "slots_per_expert": 2},
+    "by modality": {"router": "by_modality"},
+    "by combination": {"router": "by_combination", "num_experts": 12},
+    "by interaction": {"router": "by_interaction", "num_experts": 8},
+    "by interaction, no gate": {"router": "by_interaction"},
     "noisy": {"router": "noisy_topk", "noise_std": 4.0},
     "residual": {"use_residual": True},
     "shared": {"num_shared_experts": 2},
@@ -37,7 +49,11 @@ VARIANTS = {
 PLAIN = [("plain", 2, tokens) for tokens in TOKENS]
 PLAIN += [("plain", top_k, tokens) for top_k in (1, 4) for tokens in ("uneven", "a rank without")]
 OTHERS = [(variant, 1, "uneven") for variant in VARIANTS if variant != "plain"]
-OTHERS += [("capacity", 2, "a rank without"), ("noisy", 2, "a rank without")]
+OTHERS += [
+    (variant, 2, "a rank without")
+    for variant in VARIANTS
+    if variant not in ("plain", "one expert", "residual", "shared", "by interaction, no gate")
+]
 CASES = [(ep_size, *case) for ep_size in (1, 2, 4) for case in PLAIN + OTHERS]
 
 
@@ -47,24 +63,30 @@ def build(variant: str, top_k: int) -> nn.Module:
     from mm_moe.moe.settings import MoESettings
 
     torch.manual_seed(5)
-    settings = MoESettings(
-        num_experts=4, top_k=top_k, load_balance_coef=0.3, router_z_coef=0.2, **VARIANTS[variant]
-    )
+    common = {"num_experts": 4, "top_k": top_k, "num_modalities": 2}
+    coefficients = {"load_balance_coef": 0.3, "router_z_coef": 0.2}
+    settings = MoESettings(**common | coefficients | VARIANTS[variant])
     first, second = (MoELayer(width=WIDTH, hidden=HIDDEN, settings=settings) for _ in range(2))
     model = nn.ModuleList([first, nn.Linear(WIDTH, WIDTH), second]).double()
     for layer in (first, second):
-        nn.init.normal_(layer.router.weight)
-        if variant == "one expert":
-            layer.router.weight.data.zero_()
+        for parameter in layer.router.parameters():
+            nn.init.normal_(parameter)
+            if variant == "one expert":
+                parameter.data.zero_()
+        for buffer in layer.router.buffers():
+            buffer.copy_(torch.randint(-9, 9, buffer.shape))
     return model
 
 
-def loss_of(model, x_TD, target_TD, mask_T):
+def loss_of(model, x_NLD, target_NLD, mask_NL, facts_N2):
     """Loss and routing of a rank's part of the batch; sums, so that parts add up to the whole."""
-    hidden, first = model[0](x_TD, mask_T)
-    hidden, second = model[2](model[1](hidden) + x_TD, mask_T)
+    from mm_moe.moe.context import TokenContext
+
+    contexts = [TokenContext(modality, *facts_N2.unbind(1)) for modality in (0, 1)]
+    hidden, first = model[0](x_NLD, mask_NL, contexts[0])
+    hidden, second = model[2](model[1](hidden) + x_NLD, mask_NL, contexts[1])
     routing_loss = sum(sum(record.losses.values()) for record in (first, second))
-    return (hidden * target_TD).sum(), routing_loss, hidden, (first, second)
+    return (hidden * target_NLD).sum(), routing_loss, hidden, (first, second)
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -80,23 +102,27 @@ def compare(rank, world_size, ep_size, variant, top_k, tokens) -> dict[str, floa
     start = sum(counts[:rank])
     part = slice(start, start + counts[rank])
     torch.manual_seed(11)
-    x_TD, target_TD = torch.randn(2, sum(counts), WIDTH, dtype=torch.float64)
-    mask_T = torch.rand(sum(counts)) > 0.25
+    x, target = torch.randn(2, sum(counts), LENGTH, WIDTH, dtype=torch.float64)
+    mask = torch.rand(sum(counts), LENGTH) > 0.25
+    # combination 1 to 3 and interaction 0 to 3 of each row
+    facts = torch.stack([torch.randint(1, 4, (sum(counts),)), torch.randint(4, (sum(counts),))], 1)
 
     torch.manual_seed(100)  # a noisy router takes its seed from the first rank
-    x_whole = x_TD.clone().requires_grad_()
-    task, routing_loss, y_whole, records = loss_of(whole, x_whole, target_TD, mask_T)
+    x_whole = x.clone().requires_grad_()
+    task, routing_loss, y_whole, records = loss_of(whole, x_whole, target, mask, facts)
     (task + routing_loss).backward()
 
     torch.manual_seed(100 + rank)
-    x_part = x_TD[part].clone().requires_grad_()
-    task_part, routing_part, y_part, parts = loss_of(sharded, x_part, target_TD[part], mask_T[part])
+    x_part = x[part].clone().requires_grad_()
+    task_part, routing_part, y_part, parts = loss_of(
+        sharded, x_part, target[part], mask[part], facts[part]
+    )
     # the engine takes the mean over ranks; times world_size, the parts of the task loss add up
     (task_part * world_size + routing_part).backward()
 
     found = {
         "output": difference(y_part, y_whole[part]),
-        "routing loss": difference(routing_part, routing_loss),
+        "routing loss": difference(torch.as_tensor(routing_part), torch.as_tensor(routing_loss)),
         "input gradient": difference(x_part.grad / world_size, x_whole.grad[part]),
         "weight gradient": 0.0,
         "rows": 0.0,
@@ -105,6 +131,9 @@ def compare(rank, world_size, ep_size, variant, top_k, tokens) -> dict[str, floa
         total_E = ours.tokens_E.clone()
         dist.all_reduce(total_E)
         found["rows"] += float((total_E - reference.tokens_E).abs().sum())
+        found["rows"] += float((ours.load_E - reference.load_E).abs().sum())
+        choices = float(ours.load_E.sum()) * (1 - float(ours.metrics["dropped"]))
+        found["rows"] += abs(float(total_E.sum()) - choices)  # exactly the rows routed
         for name, value in ours.metrics.items():
             found["rows"] += difference(value, reference.metrics[name])
     references = dict(whole.named_parameters())

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import tensor
 
-from mm_moe.moe.balance import RoutingSums, load_balance, router_z
+from mm_moe.moe.balance import (
+    RoutingSums,
+    global_entropy,
+    load_balance,
+    load_balance_in_groups,
+    local_entropy,
+    router_z,
+)
 
 
 def sums_of(prob_TE, expert_TK, **options):
@@ -84,3 +91,61 @@ def test_dropped_choices_are_counted(dropped):
     sums = sums_of(torch.full((4, 2), 0.5), torch.zeros(4, 1).long(), dropped=tensor(dropped))
     assert sums.dropped.item() == dropped
     assert sums.routed_E.tolist() == [4, 0]
+
+
+def test_balance_inside_groups_by_hand():
+    # experts 0 1 are one group, 2 3 the other; three tokens in the first, one in the second
+    prob_TE = tensor(
+        [[0.8, 0.2, 0.0, 0.0], [0.6, 0.4, 0.0, 0.0], [0.1, 0.9, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]
+    )
+    sums = sums_of(prob_TE + 1e-30, tensor([[0], [0], [1], [2]]))
+    # first: shares 2/3 1/3, mean probabilities .5 .5 -> 2 * .5 = 1, for 3/4 of the tokens
+    # second: shares 1 0, mean probabilities .5 .5 -> 2 * .5 = 1, for 1/4 of the tokens
+    assert load_balance_in_groups(sums, 2).item() == pytest.approx(1)
+    one = sums_of(prob_TE[:2, :2], tensor([[0], [0]]))
+    assert load_balance_in_groups(one, 1).item() == pytest.approx(load_balance(one).item())
+    assert load_balance_in_groups(one, 1).item() == pytest.approx(2 * 0.7)
+
+
+def test_entropy_losses_by_hand():
+    # entropies 0 and log 2; mean distribution (3/4, 1/4)
+    sums = sums_of(tensor([[1.0, 0.0], [0.5, 0.5]]) + 1e-30, tensor([[0], [0]]))
+    assert local_entropy(sums).item() == pytest.approx(math.log(2) / 2)
+    mean = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert global_entropy(sums, math.log(2)).item() == pytest.approx(math.log(2) - mean, rel=1e-5)
+    assert global_entropy(sums, 0.5).item() == 0  # the mean has 0.562 nats: enough
+
+
+def test_entropy_losses_pull_tokens_apart_and_not_to_one_expert():
+    logit_TE = tensor([[0.5, 0.0], [0.3, 0.0]], requires_grad=True)
+    settings = {"entropy_gradient": True, "expert_TK": tensor([[0], [0]])}
+    sums = RoutingSums.of(logit_TE=logit_TE, prob_TE=logit_TE.softmax(-1), **settings)
+    (local,) = torch.autograd.grad(local_entropy(sums), logit_TE, retain_graph=True)
+    (overall,) = torch.autograd.grad(global_entropy(sums, math.log(2)), logit_TE)
+    assert (local[:, 0] < 0).all()  # descent makes each token surer
+    assert (overall[:, 0] > 0).all()  # descent makes expert 0 less probable for all
+
+
+def test_entropy_losses_stay_finite_where_probabilities_underflow():
+    logit_TE = tensor([[200.0, 0.0]], requires_grad=True)
+    sums = RoutingSums.of(
+        logit_TE=logit_TE,
+        prob_TE=logit_TE.softmax(-1),
+        expert_TK=tensor([[0]]),
+        entropy_gradient=True,
+    )
+    (local_entropy(sums) + global_entropy(sums, 0.7)).backward()
+    assert logit_TE.grad.isfinite().all()
+
+
+def test_entropy_losses_without_a_token_are_zero():
+    prob_TE = torch.zeros(0, 3, requires_grad=True)
+    sums = RoutingSums.of(
+        logit_TE=prob_TE,
+        prob_TE=prob_TE,
+        expert_TK=torch.zeros(0, 1).long(),
+        entropy_gradient=True,
+    )
+    loss = local_entropy(sums) + global_entropy(sums, 1.0)
+    loss.backward()
+    assert loss.item() == 0
