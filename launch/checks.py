@@ -13,7 +13,7 @@ from launch.cli import ROOT
 from mm_moe.arguments import parse_json
 from mm_moe.checkpoint import hub, store
 from mm_moe.data.schema import DataSource
-from mm_moe.errors import CheckpointError, ConfigError
+from mm_moe.errors import CheckpointError, ConfigError, DataError
 from mm_moe.moe.parallel import check_layout, default_ep_size
 from mm_moe.registry import BACKBONES, DATASETS, OBJECTIVES, PROMPTS, ROUTERS
 from mm_moe.training import runtime
@@ -135,6 +135,11 @@ def open_source(values: argparse.Namespace) -> DataSource:
                 f"data set {values.dataset!r} has no split {split!r}; "
                 f"it has {', '.join(source.splits())}."
             )
+        if split in source.unlabelled:
+            raise DataError(
+                f"split {split!r} of {source.name!r} cannot be trained on or scored: "
+                f"{source.unlabelled[split]}."
+            )
     kinds = ("none", "both", *source.modalities)
     if values.missing_type not in kinds:
         raise ConfigError(
@@ -157,8 +162,8 @@ def _read_labels(source: DataSource, split: str) -> None:
     Data that stream from elsewhere, and rows beyond `ROWS_READ`, are checked when they come.
     """
     if source.problem_type != "none" and source.size(split) is not None:
-        for row in itertools.islice(source.stream(split), ROWS_READ):
-            source.to_sample(row)
+        for _ in itertools.islice(source.index(split), ROWS_READ):
+            pass
 
 
 def resume_point(values: argparse.Namespace) -> Path | None:

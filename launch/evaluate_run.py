@@ -64,7 +64,8 @@ def main(argv: list[str]) -> int:
     )
     if source.problem_type == "none":
         raise ConfigError(f"data set {source.name!r} has no labels to score against.")
-    source.check_split(split)
+    if source.check_split(split) in source.unlabelled:
+        raise ConfigError(f"split {split!r} cannot be scored: {source.unlabelled[split]}.")
     model = MultimodalMoEModel.from_pretrained(folder)
     scorer = Scorer(
         model,

@@ -86,9 +86,8 @@ def missing_table(run: Run) -> dict[str, Any]:
         "words": protocol.describe(run.source.modalities),
     }
     if run.source.size(data.train_split) is not None:
-        rows = run.source.stream(data.train_split)
-        ids = [run.source.to_sample(row).id for row in rows]
-        described["mask_sha256"] = protocol.table_hash(ids, run.source.modalities)
+        keys = {sample.mask_key: None for sample in run.source.index(data.train_split)}
+        described["mask_sha256"] = protocol.table_hash(list(keys), run.source.modalities)
     return described
 
 

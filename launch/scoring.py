@@ -103,9 +103,7 @@ def num_outputs(source: DataSource) -> int:
 
 def train_prior(source: DataSource, split: str) -> np.ndarray:
     """What the training labels say, for the chance levels: counts, shares, or the mean (1,)."""
-    labels = [
-        label for row in source.stream(split) if (label := source.to_sample(row).label) is not None
-    ]
+    labels = [sample.label for sample in source.index(split) if sample.label is not None]
     if source.problem_type == "single_label_classification":
         return np.bincount(labels, minlength=len(source.label_names))
     return np.atleast_1d(np.asarray(labels, dtype=float).mean(axis=0))

@@ -22,15 +22,23 @@ class Sample:
     """One row of a data set before it is batched.
 
     Attributes:
-        id: stable and unique within the data set; missing masks and splits are keyed by it.
+        id: stable and unique within the data set.
         payload: modality name -> raw value (encoded image bytes, str, array). A modality that the
             row lacks by nature is absent from the dict.
         label: class index (int), multi-hot list, float, or None.
+        group: rows of one group (the plots of a movie) share one fate under missing masks; None:
+            the row is alone.
     """
 
     id: str
     payload: dict[str, Any] = field(default_factory=dict)
     label: Any = None
+    group: str | None = None
+
+    @property
+    def mask_key(self) -> str:
+        """What a missing mask is keyed by."""
+        return self.id if self.group is None else self.group
 
 
 class Batch(dict):

@@ -106,6 +106,18 @@ DATASETS = Registry(
         "columns": "mm_moe.data.sets.columns:ColumnsData",
         "openclipart_emoji": "mm_moe.data.sets.openclipart:OpenclipartEmojiData",
         "grocery": "mm_moe.data.sets.grocery:GroceryData",
+        "prepared": "mm_moe.data.sets.prepared:PreparedData",
+        "mm_imdb": "mm_moe.data.sets.prepared:MmImdbData",
+        "food101": "mm_moe.data.sets.prepared:Food101Data",
+        "hateful_memes": "mm_moe.data.sets.prepared:HatefulMemesData",
+    },
+)
+RAW_DATASETS = Registry(
+    "raw data set",
+    {
+        "mm_imdb": "mm_moe.data.prepare.mm_imdb:MmImdbRaw",
+        "food101": "mm_moe.data.prepare.food101:Food101Raw",
+        "hateful_memes": "mm_moe.data.prepare.hateful_memes:HatefulMemesRaw",
     },
 )
 OBJECTIVES = Registry(

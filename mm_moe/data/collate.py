@@ -109,7 +109,7 @@ class Collator:
         )
         if self.missing is None or not samples:
             return natural_BM
-        imposed_BM = self.missing.present([sample.id for sample in samples], self.modalities)
+        imposed_BM = self.missing.present([sample.mask_key for sample in samples], self.modalities)
         left_BM = natural_BM & imposed_BM
         return torch.where(left_BM.any(-1, keepdim=True), left_BM, natural_BM)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import datasets
@@ -23,6 +25,16 @@ REGRESSION = "regression"
 NO_LABEL = "none"
 PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION, NO_LABEL)
 
+# Families of scores; where a data set names none, its problem type is its family.
+BINARY = "binary"
+SENTIMENT_MOSI, SENTIMENT_SIMS = "sentiment_mosi", "sentiment_sims"
+TASKS = {  # family -> the problem type that its model is trained on
+    **{name: name for name in PROBLEM_TYPES},
+    BINARY: SINGLE_LABEL,
+    SENTIMENT_MOSI: REGRESSION,
+    SENTIMENT_SIMS: REGRESSION,
+}
+
 
 class DataSource(ABC):
     """One data set, built as `SourceClass(data_dir, **options)`; picklable for loader workers.
@@ -33,6 +45,8 @@ class DataSource(ABC):
         label_names: class names; empty without classes.
         problem_type: one of `PROBLEM_TYPES`.
         license: who may do what with the data, for the model card.
+        task: the family of scores, one of `TASKS`; None: that of the problem type.
+        unlabelled: split -> why it cannot be scored.
     """
 
     name: str
@@ -40,6 +54,8 @@ class DataSource(ABC):
     label_names: tuple[str, ...]
     problem_type: str
     license: str
+    task: str | None = None
+    unlabelled: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, data_dir: str | None = None) -> None:
         self.data_dir = None if data_dir is None else Path(data_dir).expanduser()
@@ -67,6 +83,14 @@ class DataSource(ABC):
     @abstractmethod
     def size(self, split: str) -> int | None:
         """The exact number of rows of a split, or None where only a full pass would tell."""
+
+    def index(self, split: str) -> Iterator[Sample]:
+        """The samples of a split for their ids and labels; a set may leave the payloads unread.
+
+        Raises:
+            DataError: as `stream` and `to_sample`.
+        """
+        yield from map(self.to_sample, self.stream(split))
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mm_moe.data.schema import PROBLEM_TYPES, DataSource
+from launch import prepare_data
+from mm_moe.data.schema import PROBLEM_TYPES, TASKS, DataSource
 from mm_moe.data.streaming import SampleStream
 from mm_moe.errors import DataError
-from mm_moe.registry import DATASETS
+from mm_moe.registry import DATASETS, RAW_DATASETS
+from tests import raw_layouts
 
 LOOK = 200  # samples of a split that are looked at
 
@@ -41,7 +43,18 @@ def tables(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def prepared(cls, tmp_path: Path) -> DataSource:
+    """A data set through the program that prepares it, from its raw layout."""
+    name = cls.expected or "food101"
+    raw = raw_layouts.MAKERS[name](tmp_path / "raw")
+    flags = ["--source", str(raw), "--output", str(tmp_path / "out")]
+    assert prepare_data.main([name, *flags]) == 0
+    return cls(str(tmp_path / "out"))
+
+
 BUILD = {
+    "prepared": prepared,
+    **dict.fromkeys(RAW_DATASETS, prepared),
     "columns": lambda cls, tmp: cls(
         str(tables(tmp)), text_column="words", label_column="kind", id_column="key"
     ),
@@ -67,7 +80,8 @@ def test_describes_itself(source):
     assert source.modalities
     assert source.problem_type in PROBLEM_TYPES
     assert "train" in source.splits()
-    assert list(source.label_names) == sorted(set(source.label_names))
+    assert len(set(source.label_names)) == len(source.label_names)
+    assert source.task is None or TASKS[source.task] == source.problem_type
     assert bool(source.label_names) == (source.problem_type in PROBLEM_TYPES[:2])
 
 
@@ -101,6 +115,14 @@ def _ids(source, split):
     stream = source.stream(split)
     for columns in stream.iter(batch_size=500):
         yield {"id": next(iter(columns.values()))}
+
+
+def test_index_tells_the_same_ids_and_labels(source):
+    for split in source.splits():
+        found = islice(source.index(split), LOOK)
+        assert [(s.id, s.label, s.mask_key) for s in found] == [
+            (s.id, s.label, s.mask_key) for s in look(source, split)
+        ]
 
 
 def test_goes_to_workers_and_knows_its_content(source):

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 from refusals import file, refused, tree
 
+from launch import prepare_data
 from mm_moe.checkpoint import store
 from mm_moe.errors import CheckpointError, ConfigError, DataError, ParallelismError
+from tests import raw_layouts
 
 ROOT = Path(__file__).parents[2]
 
@@ -200,6 +202,15 @@ def test_a_label_outside_the_classes(here, split):
     assert f"'{split}-2'" in said
     assert "'zebra'" in said
     assert "known: a, b" in said
+
+
+def test_a_split_without_labels_is_not_scored(here):
+    raw = raw_layouts.hateful_memes(here / "raw")
+    prepare_data.main(["hateful_memes", "--source", str(raw), "--output", "memes"])
+    argv = ("--dataset", "hateful_memes", "--data_dir", "memes", "--missing_type", "none")
+    said = refused(DataError, *argv)
+    assert "split 'test' of 'hateful_memes' cannot be trained on or scored" in said
+    assert "test_seen.jsonl" in said
 
 
 # ---- processes and experts -------------------------------------------------------------------

@@ -1,0 +1,59 @@
+"""Shapes of feature sequences and their mean and spread over the training split.
+
+Axes: T steps of one sequence, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+class SequenceStatistics:
+    """Running sums of one modality; every step of every counted sequence weighs the same."""
+
+    def __init__(self, modality: str) -> None:
+        self.modality = modality
+        self.width: int | None = None
+        self.length = 0
+        self.steps = 0
+        self._sum_D: np.ndarray = np.zeros(0)
+        self._squares_D: np.ndarray = np.zeros(0)
+
+    def see(self, array_TD: np.ndarray | None, *, count: bool) -> str | None:
+        """Take note of a sequence; returns what is wrong with its width, if anything.
+
+        Args:
+            array_TD: the sequence, or None where the row lacks it.
+            count: whether it enters mean and spread (only training rows do).
+        """
+        if array_TD is None:
+            return None
+        length, width = array_TD.shape
+        if self.width is None:
+            self.width = width
+            self._sum_D, self._squares_D = np.zeros(width), np.zeros(width)
+        if width != self.width:
+            return f"{self.modality} is {width} wide, the rows before it {self.width}"
+        self.length = max(self.length, length)
+        if count:
+            wide_TD = array_TD.astype(np.float64)
+            self.steps += length
+            self._sum_D += wide_TD.sum(0)
+            self._squares_D += np.square(wide_TD).sum(0)
+        return None
+
+    def record(self) -> dict[str, Any]:
+        """{"width", "length", "mean", "std"} (D,); a constant channel gets spread 1."""
+        mean_D = self._sum_D / max(self.steps, 1)
+        variance_D = np.maximum(self._squares_D / max(self.steps, 1) - np.square(mean_D), 0.0)
+        std_D = np.sqrt(variance_D)
+        flat_D = std_D <= 1e-6 * np.maximum(np.abs(mean_D), 1.0)
+        return {
+            "width": self.width or 0,
+            "length": self.length,
+            "dtype": "float32",
+            "mean": np.round(mean_D, 7).tolist(),
+            "std": np.where(flat_D, 1.0, np.round(std_D, 7)).tolist(),
+        }

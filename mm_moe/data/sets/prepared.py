@@ -1,0 +1,151 @@
+"""Data that `launch/prepare_data.py` wrote: checked Parquet shards with a record beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+
+from mm_moe.batch import Sample
+from mm_moe.data.reading import file_sha256, image_payload, reading, undecoded
+from mm_moe.data.schema import DataSource
+from mm_moe.errors import ConfigError, DataError
+
+FORMAT = "mm_moe.prepared.v1"
+INFO = "dataset_info.json"
+
+
+class PreparedData(DataSource):
+    """A prepared data set; everything about it stands in its `dataset_info.json`.
+
+    Args:
+        data_dir: the folder that `launch/prepare_data.py` made.
+
+    Raises:
+        ConfigError: no `data_dir`.
+        DataError: no prepared data set is there, another one than the name says, or a shard is
+            missing or was cut.
+    """
+
+    expected: str | None = None  # the name that the data must have
+
+    def __init__(self, data_dir: str | None = None) -> None:
+        super().__init__(data_dir)
+        wanted = self.expected or "NAME"
+        make = f"python launch/prepare_data.py {wanted} --source DOWNLOAD --output DIR"
+        if self.data_dir is None:
+            raise ConfigError(
+                f"data set {self.expected or 'prepared'!r} needs data_dir: the folder that "
+                f"`{make}` writes."
+            )
+        self.info = _read_info(self.data_dir, make)
+        if self.expected not in (None, self.info["name"]):
+            raise DataError(
+                f"{self.data_dir} holds {self.info['name']!r}, not {self.expected!r}; take "
+                f"--dataset {self.info['name']}."
+            )
+        self.name = self.info["name"]
+        self.modalities = tuple(self.info["modalities"])
+        self.label_names = tuple(self.info["label_names"])
+        self.problem_type = self.info["problem_type"]
+        self.task = self.info["task"]
+        self.license = self.info["license"]
+        self.unlabelled = dict(self.info["unlabelled"])
+        self._check_files(self.data_dir)
+
+    def _check_files(self, folder: Path) -> None:
+        for record in self.info["splits"].values():
+            for file in record["files"]:
+                path = folder / file["name"]
+                size = path.stat().st_size if path.is_file() else None
+                if size != file["bytes"]:
+                    found = "is not there" if size is None else f"has {size} bytes"
+                    raise DataError(
+                        f"{path} {found}, its record says {file['bytes']} bytes; prepare the data "
+                        "again."
+                    )
+
+    def splits(self) -> tuple[str, ...]:
+        """The splits that were written."""
+        return tuple(self.info["splits"])
+
+    def stream(self, split: str) -> datasets.IterableDataset:
+        """Rows of a split, one shard after the other."""
+        files = list(map(str, self._shards(split)))
+        stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        return undecoded(stream)
+
+    def index(self, split: str) -> Iterator[Sample]:
+        """Ids, groups and labels; no payload is read."""
+        for path in self._shards(split):
+            with reading(str(path)):
+                rows = pq.read_table(path, columns=["id", "group", "label"]).to_pylist()
+            for row in rows:
+                yield Sample(row["id"], label=row["label"], group=row["group"])
+
+    def _shards(self, split: str) -> list[Path]:
+        record = self.info["splits"][self.check_split(split)]
+        return [Path(str(self.data_dir), file["name"]) for file in record["files"]]
+
+    def to_sample(self, row: dict[str, Any]) -> Sample:
+        """Encoded images, texts, and sequences as the bytes of their float32 arrays."""
+        cells = {
+            name: image_payload(row[name]) if kind == "image" else row[name]
+            for name, kind in self._kinds.items()
+        }
+        payload = {name: value for name, value in cells.items() if value}
+        return Sample(row["id"], payload, row["label"], group=row["group"])
+
+    @cached_property
+    def _kinds(self) -> dict[str, str]:
+        return {name: record["kind"] for name, record in self.info["modalities"].items()}
+
+    def size(self, split: str) -> int:
+        """Rows of a split."""
+        return self.info["splits"][self.check_split(split)]["rows"]
+
+    def fingerprint(self) -> str:
+        """sha256 of the record, which holds that of every shard."""
+        return file_sha256(Path(str(self.data_dir), INFO))
+
+
+class MmImdbData(PreparedData):
+    """MM-IMDb, prepared."""
+
+    expected = "mm_imdb"
+
+
+class Food101Data(PreparedData):
+    """UPMC Food-101, prepared."""
+
+    expected = "food101"
+
+
+class HatefulMemesData(PreparedData):
+    """Hateful Memes, prepared."""
+
+    expected = "hateful_memes"
+
+
+def _read_info(folder: Path, make: str) -> dict[str, Any]:
+    """The record of a prepared data set."""
+    path = folder / INFO
+    if not path.is_file():
+        raise DataError(f"there is no {path}; make it with `{make}`.")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        version = info["format"]
+        keys = ("name", "modalities", "label_names", "problem_type", "task", "license", "splits")
+        lost = [key for key in (*keys, "unlabelled") if key not in info]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no record of a prepared data set; prepare it again.") from error
+    if version != FORMAT or lost:
+        raise DataError(
+            f"{path} has format {version!r}, this version reads {FORMAT!r}; prepare it again."
+        )
+    return info
