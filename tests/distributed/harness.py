@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 _ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "DS_LOG_LEVEL": "warning"}
-_PRELOAD = ["torch", "torch.distributed", "deepspeed", "mm_moe.moe.parallel"]
+_PRELOAD = ["torch", "torch.distributed", "deepspeed", "mm_moe.moe.parallel", "launch.run"]
 
 
 class RankFailedError(AssertionError):
