@@ -185,6 +185,17 @@ class Backbone(nn.Module):
             towers[name].modality_index = index
         self.towers = nn.ModuleDict({name: towers[name] for name in self.modalities})
 
+    def sparse_layers(self) -> dict[str, MoELayer]:
+        """The sparse layers by the names of their routing records, "<modality>.<block>"."""
+        found: dict[str, MoELayer] = {}
+        for name, tower in self.towers.items():
+            places: list[tuple[nn.Module, str]] = tower.feed_forwards()  # type: ignore[operator]
+            for block, (parent, attribute) in enumerate(places):
+                layer = getattr(parent, attribute)
+                if isinstance(layer, MoELayer):
+                    found[f"{name}.{block}"] = layer
+        return found
+
     def encode(
         self,
         modality: str,

@@ -76,6 +76,15 @@ class RoutingSums:
             tokens=tokens.detach(),
         )
 
+    def metrics(self) -> dict[str, Tensor]:
+        """What a layer reports beside its losses, detached; see `RoutingRecord.metrics`."""
+        return {
+            "router_entropy": local_entropy(self).detach(),
+            "router_z": router_z(self).detach(),
+            "dropped": self.dropped / self.routed_E.sum().clamp(min=1),
+            "tokens": self.tokens,
+        }
+
 
 def load_balance(sums: RoutingSums) -> Tensor:
     """Switch load-balance loss: E * sum over experts of (share of choices) * (mean probability).

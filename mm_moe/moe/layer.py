@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mm_moe.moe.balance import RoutingSums, router_z
+from mm_moe.moe.balance import RoutingSums
 from mm_moe.moe.capacity import within_capacity
 from mm_moe.moe.companion import Residual, SharedExpert
 from mm_moe.moe.context import TokenContext
@@ -123,14 +123,8 @@ class MoELayer(nn.Module):
             entropy_gradient=self.settings.local_entropy_coef > 0,
             sum_over_ranks=self.dispatcher.sum_over_ranks,
         )
-        metrics = {
-            "router_entropy": (sums.entropy / sums.tokens.clamp(min=1)).detach(),
-            "router_z": router_z(sums).detach(),
-            "dropped": sums.dropped / sums.routed_E.sum().clamp(min=1),
-            "tokens": sums.tokens,
-        }
         losses = self.router.losses(routing, sums, self.dispatcher.sum_over_ranks)
-        return RoutingRecord(tokens_E, losses, metrics, sums.routed_E.round().long())
+        return RoutingRecord(tokens_E, losses, sums.metrics(), sums.routed_E.round().long())
 
 
 def _companion(

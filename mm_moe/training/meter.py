@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
-import torch
+from torch import Tensor
 
+from mm_moe.moe.layer import RoutingRecord
 from mm_moe.training.runtime import gather_objects, world_size
 
 
@@ -18,58 +21,85 @@ class Meter:
 
     def __init__(self) -> None:
         self.start()
-        self.total_load: dict[str, torch.Tensor] = {}
+        self.total_load: dict[str, Tensor] = {}
 
     def start(self) -> None:
         """Begin a new interval."""
-        self._parts: dict[str, float] = defaultdict(float)
-        self._metrics: dict[str, float] = defaultdict(float)
-        self._load: dict[str, torch.Tensor] = {}
+        self._parts: dict[str, Any] = defaultdict(float)
+        self._metrics: dict[str, dict[str, Any]] = {}
+        self._load: dict[str, Tensor] = {}
         self._calls = 0
         self._rows = 0
         self._since = time.perf_counter()
 
-    def add(self, parts: dict, routing: dict, *, rows: int) -> None:
-        """Record one forward pass.
+    def add(
+        self, parts: Mapping[str, Tensor], routing: Mapping[str, RoutingRecord], *, rows: int
+    ) -> None:
+        """Record one forward pass; nothing is read back from the device before `summary`.
 
         Args:
             parts: name -> scalar tensor of the loss.
-            routing: layer name -> `RoutingRecord`.
+            routing: layer name -> record.
             rows: samples of this rank.
         """
         self._calls += 1
         self._rows += rows
         for name, value in parts.items():
-            self._parts[name] += float(value.detach())
+            self._parts[name] += value.detach()
         for layer, record in routing.items():
-            tokens_E = record.tokens_E.detach().cpu()
-            self._load[layer] = self._load.get(layer, torch.zeros_like(tokens_E)) + tokens_E
+            tokens_E = record.tokens_E.detach()
+            self._load[layer] = self._load[layer] + tokens_E if layer in self._load else tokens_E
+            sums = self._metrics.setdefault(layer, defaultdict(float))
+            tokens = record.metrics.get("tokens", 1.0)  # without it each pass counts the same
             for name, value in record.metrics.items():
-                self._metrics[f"moe/{layer}/{name}"] += float(value)
+                sums[name] += value.double() * (1.0 if name == "tokens" else tokens)
+            sums["weight"] += tokens
 
     def summary(self) -> dict[str, float]:
-        """Averages and rates since the last call, over all ranks.
+        """Averages, sums and rates since the last call, over all ranks.
 
-        Keys: "loss/PART", "moe/LAYER/load_imbalance" (max / mean rows per expert, 1 is even),
-        "moe/LAYER/METRIC", "moe/load_imbalance" (worst layer), "perf/samples_per_second".
+        Keys: "loss/PART"; for each layer "moe/LAYER/expert_E" (rows that went to the expert),
+        "moe/LAYER/tokens" (their sum), "moe/LAYER/load_imbalance" (max / mean rows per expert, 1 is
+        even) and "moe/LAYER/METRIC" (mean over tokens of `RoutingRecord.metrics`);
+        "moe/MODALITY/METRIC", the mean over the modality's layers; "moe/load_imbalance" of the
+        worst layer; "perf/samples_per_second".
         """
-        mine = (dict(self._parts), dict(self._metrics), self._load, self._calls, self._rows)
-        everyone = gather_objects(mine)
+        load = {layer: tokens_E.cpu() for layer, tokens_E in self._load.items()}
+        parts = {name: float(value) for name, value in self._parts.items()}
+        everyone = gather_objects((parts, load, self._calls, self._rows))
         elapsed = time.perf_counter() - self._since
         logs: dict[str, float] = {}
-        for index, prefix in ((0, "loss/"), (1, "")):
-            for name in everyone[0][index]:
-                mean = sum(part[index][name] / max(part[3], 1) for part in everyone) / world_size()
-                logs[prefix + name] = mean
-        worst = 0.0
-        for layer in everyone[0][2]:
-            tokens_E = sum(part[2][layer] for part in everyone)
-            self.total_load[layer] = self.total_load.get(layer, 0) + tokens_E
-            imbalance = float(tokens_E.max() / tokens_E.float().mean().clamp(min=1e-9))
-            logs[f"moe/{layer}/load_imbalance"] = imbalance
-            worst = max(worst, imbalance)
+        for name in everyone[0][0]:
+            mean = sum(rank[0][name] / max(rank[2], 1) for rank in everyone) / world_size()
+            logs[f"loss/{name}"] = mean
+        for layer in everyone[0][1]:
+            logs |= self._of_layer(layer, sum(rank[1][layer] for rank in everyone))
+        logs |= _of_modalities(logs)
+        worst = max((v for k, v in logs.items() if k.endswith("/load_imbalance")), default=0.0)
         if worst:
             logs["moe/load_imbalance"] = worst
-        logs["perf/samples_per_second"] = sum(part[4] for part in everyone) / max(elapsed, 1e-9)
+        logs["perf/samples_per_second"] = sum(rank[3] for rank in everyone) / max(elapsed, 1e-9)
         self.start()
         return logs
+
+    def _of_layer(self, layer: str, tokens_E: Tensor) -> dict[str, float]:
+        """What the log says of one layer. The metrics are over all ranks already."""
+        self.total_load[layer] = self.total_load.get(layer, 0) + tokens_E
+        found = {f"expert_{e}": float(rows) for e, rows in enumerate(tokens_E.tolist())}
+        found["load_imbalance"] = float(tokens_E.max() / tokens_E.float().mean().clamp(min=1e-9))
+        sums = {name: float(value) for name, value in self._metrics[layer].items()}
+        weight = max(sums.pop("weight"), 1.0)
+        for name, value in sums.items():
+            found[name] = value if name == "tokens" else value / weight
+        return {f"moe/{layer}/{name}": value for name, value in found.items()}
+
+
+def _of_modalities(logs: Mapping[str, float]) -> dict[str, float]:
+    """Means over the layers "MODALITY.BLOCK" of each modality; experts have no common meaning."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for key, value in logs.items():
+        room, _, rest = key.partition("/")
+        layer, _, name = rest.partition("/")
+        if room == "moe" and not name.startswith("expert_"):
+            values[f"moe/{layer.rpartition('.')[0]}/{name}"].append(value)
+    return {key: sum(several) / len(several) for key, several in values.items()}

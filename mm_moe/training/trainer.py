@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from mm_moe.batch import Batch
-from mm_moe.training import state
+from mm_moe.errors import DataError
+from mm_moe.moe.layer import RoutingRecord
+from mm_moe.training import runtime, state
 from mm_moe.training.clip import clip_without_zero
 from mm_moe.training.meter import Meter
 from mm_moe.training.optimizer import parameter_groups
+from mm_moe.training.router_bias import BiasUpdate
 
 Objective = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor], Any]]
 
@@ -57,6 +60,9 @@ class MultimodalTrainer(Trainer):
         stream = make_stream(0)  # the library only looks whether there are data sets
         super().__init__(train_dataset=stream, eval_dataset=stream, **kwargs)
         self.model_accepts_loss_kwargs = False  # the objective averages over its own rows
+        backbone: Any = self.model.backbone
+        self.bias_update = BiasUpdate(backbone.sparse_layers())
+        self.add_callback(self.bias_update)
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
@@ -110,8 +116,14 @@ class MultimodalTrainer(Trainer):
             state.restore_random_state(Path(checkpoint), rank=self.args.process_index)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The objective's loss; its parts and the routing go to the meter."""
+        """The objective's loss; its parts and the routing go to the meter.
+
+        Raises:
+            DataError: no rank has a token in this batch; raised on every rank.
+        """
         loss, parts, output = self.objective(model, inputs)
+        refuse_empty(inputs, output.routing)
+        self.bias_update.add(output.routing)
         self.meter.add(parts, output.routing, rows=len(inputs.ids))
         return (loss, output) if return_outputs else loss
 
@@ -158,3 +170,25 @@ class MultimodalTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a Hugging Face folder with all experts; every rank must call it."""
         state.save_weights(Path(output_dir or self.folder), self.model, save_extra=self.save_extra)
+
+
+def refuse_empty(batch: Batch, routing: Mapping[str, RoutingRecord]) -> None:
+    """Refuse a batch in which no sample of any rank has any modality: nothing to learn from.
+
+    The records count the tokens of all ranks, so all ranks agree. A model without sparse layers has
+    no record and is not asked.
+
+    Raises:
+        DataError: on every rank, with the first ids of that rank.
+    """
+    counts = [record.metrics["tokens"] for record in routing.values() if "tokens" in record.metrics]
+    if not counts or torch.stack(counts).any():
+        return
+    if runtime.any_rank(bool(batch.present.any())):
+        return  # tokens in towers without experts
+    ids = ", ".join(repr(name) for name in batch.ids[:3]) or "none"
+    raise DataError(
+        f"no token in a batch: none of the {len(batch.ids)} samples of this process (first: "
+        f"{ids}) nor of the other {runtime.world_size() - 1} processes has any modality. Mend or "
+        "drop such samples, or take a larger batch (--global_batch_size)."
+    )
