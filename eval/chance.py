@@ -6,14 +6,21 @@ die. N samples, C classes (or labels).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from eval.metrics import LOWER_IS_BETTER, has_label, scores
-from mm_moe.data.schema import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from mm_moe.data.schema import BINARY, MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
 def chance(
-    labels: np.ndarray, *, prior: np.ndarray, problem_type: str, num_labels: int
+    labels: np.ndarray,
+    *,
+    prior: np.ndarray,
+    problem_type: str,
+    num_labels: int,
+    task: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Scores of the two blind models on these labels.
 
@@ -21,12 +28,14 @@ def chance(
         labels: the test labels, as in `eval.metrics.scores`.
         prior: what the training labels say: counts (C,) of the classes; the share (C,) of samples
             with each label; for regression their mean (1,).
-        problem_type: a key of `eval.metrics.METRICS`.
+        problem_type: what the model was trained on.
         num_labels: C.
+        task: see `eval.metrics.scores`.
 
     Returns:
         {"majority": {metric: value}, "uniform": {metric: value}}. "uniform" holds expectations; its
-        F1 is that of the expected counts. Regression has no uniform guess, hence only "majority".
+        F1 is that of the expected counts, its average precision the share of the label (exact for
+        many samples). Regression has no uniform guess, hence only "majority".
 
     Raises:
         DataError: no labelled row.
@@ -39,10 +48,13 @@ def chance(
         logits = np.tile(prior - 0.5, (len(labels), 1))  # a label that most samples have
     else:
         logits = np.full(len(labels), prior.mean())
-    levels = {"majority": scores(logits, labels, problem_type=problem_type, num_labels=num_labels)}
+    kind: dict[str, Any] = {"problem_type": problem_type, "num_labels": num_labels, "task": task}
+    levels = {"majority": scores(logits, labels, **kind)}
     labels = labels[has_label(labels)]
     if problem_type == SINGLE_LABEL:
         levels["uniform"] = _uniform_single(labels, num_labels)
+        if task == BINARY:
+            levels["uniform"] |= {"auroc": 0.5, "auprc": float(labels.mean())}
     elif problem_type != REGRESSION:
         levels["uniform"] = _uniform_multi(labels)
     return levels
@@ -69,6 +81,7 @@ def _uniform_single(labels_N: np.ndarray, num_labels: int) -> dict[str, float]:
         "accuracy": 1 / num_labels,
         "balanced_accuracy": 1 / num_labels,
         "macro_f1": float(f1_C.mean()),
+        "weighted_f1": float((f1_C * count_C).sum() / count_C.sum()),
     }
 
 
@@ -82,4 +95,5 @@ def _uniform_multi(labels_NC: np.ndarray) -> dict[str, float]:
         "micro_f1": float(_f1(count_C.sum() / 2, labels_NC.size / 2, count_C.sum())),
         "samples_f1": float(_f1(count_N / 2, num_labels / 2, count_N).mean()),
         "weighted_f1": float((f1_C * weight_C).sum()),
+        "map": float(count_C[count_C > 0].mean() / num_rows) if count_C.any() else 0.0,
     }

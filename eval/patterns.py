@@ -97,7 +97,12 @@ def evaluate_conditions(
         DataError: a condition leaves no labelled sample.
     """
     table = conditions(modalities, dataset=source.name, split=split, ratio=ratio, seed=seed)
-    task: dict[str, Any] = {"problem_type": source.problem_type, "num_labels": num_labels}
+    task: dict[str, Any] = {
+        "problem_type": source.problem_type,
+        "num_labels": num_labels,
+        "task": source.task,
+    }
+    first = headline(source.task or source.problem_type)
     rows = []
     for condition, missing in table.items():
         found = predict(missing, split)
@@ -113,9 +118,7 @@ def evaluate_conditions(
                 n=count,
                 metrics=scores(found.logits, found.labels, **task),
                 chance=chance(found.labels, prior=prior, **task),
-                interval=interval(
-                    found.logits, found.labels, metric=headline(source.problem_type), **task
-                ),
+                interval=interval(found.logits, found.labels, metric=first, **task),
             )
         )
     return rows

@@ -11,7 +11,7 @@ from mm_moe.training.predict import Predictions
 
 IDS = [f"row-{index}" for index in range(200)]
 LABELS = np.array([index % 2 for index in range(200)])
-SOURCE = SimpleNamespace(name="toy", problem_type="single_label_classification")
+SOURCE = SimpleNamespace(name="toy", problem_type="single_label_classification", task=None)
 
 
 def predict(missing, split):
