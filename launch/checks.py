@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli import ROOT
-from mm_moe.arguments import parse_json
+from mm_moe.arguments import COLUMN_FLAGS, dataset_options, parse_json
 from mm_moe.checkpoint import hub, store
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import CheckpointError, ConfigError, DataError
@@ -114,11 +114,13 @@ def open_source(values: argparse.Namespace) -> DataSource:
         ConfigError: a missing split or modality, named with those that exist.
         DataError: the data set itself is not in order, or a label is outside the classes.
     """
-    options = parse_json("dataset_options", values.dataset_options)
+    options = dataset_options(vars(values))
     try:
         source = DATASETS.resolve(values.dataset)(values.data_dir, **options)
     except TypeError as error:
-        raise ConfigError(f"--dataset_options for {values.dataset!r}: {error}") from error
+        columns = [flag for flag in COLUMN_FLAGS if flag in str(error)]
+        hint = " Column flags are for --dataset columns." if columns else ""
+        raise ConfigError(f"--dataset_options for {values.dataset!r}: {error}.{hint}") from error
     needed = [values.train_split]
     if values.eval_strategy != "no":
         if source.problem_type == "none":

@@ -14,7 +14,7 @@ from eval.patterns import scores_document
 from eval.report import format_table
 from launch.cli import ProgramParser, run_program
 from launch.scoring import Scorer, train_prior
-from mm_moe.arguments import parse_json
+from mm_moe.arguments import dataset_options
 from mm_moe.checkpoint import store
 from mm_moe.errors import CheckpointError, ConfigError
 from mm_moe.models.modeling import MultimodalMoEModel
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         raise CheckpointError(f"{str(options.run)!r} has no final/; take --checkpoint latest.")
     source = DATASETS.resolve(saved["dataset"])(
         options.data_dir or saved["data_dir"],
-        **parse_json("dataset_options", saved["dataset_options"]),
+        **dataset_options(saved),
     )
     if source.problem_type == "none":
         raise ConfigError(f"data set {source.name!r} has no labels to score against.")

@@ -7,6 +7,7 @@ these flags and of `TrainingArguments`' flags; a flag on the command line wins o
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,32 @@ def parse_json(flag: str, text: str | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"--{flag} must be a JSON object, got {type(value).__name__} {text!r}.")
     return value
+
+
+COLUMN_FLAGS = ("image_column", "text_column", "label_column")
+
+
+def dataset_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A data set's own options: `--dataset_options`, and the flags that are short for some of them.
+
+    Args:
+        arguments: a run's arguments by name; flags that an older run did not have may be absent.
+
+    Raises:
+        ConfigError: no JSON object, or a flag that contradicts it.
+    """
+    options = parse_json("dataset_options", arguments.get("dataset_options"))
+    for flag in COLUMN_FLAGS:
+        value = arguments.get(flag)
+        if value is None:
+            continue
+        if options.get(flag, value) != value:
+            raise ConfigError(
+                f"--{flag} {value!r} contradicts --dataset_options, which says {options[flag]!r}; "
+                "give one of them."
+            )
+        options[flag] = value
+    return options
 
 
 @dataclass
@@ -104,6 +131,15 @@ class DataArguments:
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set's files."})
     dataset_options: str | None = field(
         default=None, metadata={"help": "JSON object with the data set's own options."}
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column with images, for the data set columns."}
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column with text, for the data set columns."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column with the label, for the data set columns."}
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(

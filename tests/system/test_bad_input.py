@@ -204,6 +204,20 @@ def test_a_label_outside_the_classes(here, split):
     assert "known: a, b" in said
 
 
+def test_column_flags(here):
+    file("train.jsonl", json.dumps({"words": "a", "kind": "x"}))
+    file("test.jsonl", json.dumps({"words": "a", "kind": "x"}))
+    argv = ("--dataset", "columns", "--data_dir", str(here), "--missing_type", "none")
+    said = refused(DataError, *argv, "--text_column", "word", "--label_column", "kind")
+    assert "no column 'word'; it has: words, kind." in said
+    options = ("--dataset_options", '{"text_column": "words"}')
+    said = refused(ConfigError, *argv, *options, "--text_column", "kind")
+    assert "--text_column 'kind' contradicts --dataset_options, which says 'words'" in said
+    said = refused(ConfigError, "--image_column", "picture")
+    assert "'emoji'" in said
+    assert "Column flags are for --dataset columns" in said
+
+
 def test_a_split_without_labels_is_not_scored(here):
     raw = raw_layouts.hateful_memes(here / "raw")
     prepare_data.main(["hateful_memes", "--source", str(raw), "--output", "memes"])

@@ -20,16 +20,17 @@ from mm_moe.data.schema import (
     PROBLEM_TYPES,
     REGRESSION,
     SINGLE_LABEL,
+    TASKS,
     DataSource,
     check_label,
     label_index,
     nearest_type,
 )
 from mm_moe.errors import ConfigError, DataError
-from mm_moe.registry import nearest
 
 FOLDER = "__folder__"  # column that we add: the folder that relative image paths start from
 MAX_CLASSES = 10_000
+MAX_SHOWN = 40  # columns that a message lists
 
 
 class ColumnsData(DataSource):
@@ -49,6 +50,8 @@ class ColumnsData(DataSource):
         label_names: class names; by default those that the data declare, else all that occur in the
             train split, sorted.
         problem_type: single-label classification by default where there is a label column.
+        task: family of scores, such as "binary" for the AUROC of the second class; by default that
+            of the problem type.
         config: configuration of a Hub data set.
         revision: revision of a Hub data set.
         name: key of masks; by default "columns/" and the last part of `data_dir`.
@@ -74,6 +77,7 @@ class ColumnsData(DataSource):
         problem_type: str | None = None,
         config: str | None = None,
         revision: str | None = None,
+        task: str | None = None,
         name: str | None = None,
         license: str = "not stated",
     ) -> None:
@@ -95,6 +99,13 @@ class ColumnsData(DataSource):
             raise ConfigError(
                 f"problem_type {self.problem_type!r} does not fit label_column {label_column!r}."
             )
+        if task is not None and TASKS.get(task) != self.problem_type:
+            fitting = [name for name, kind in TASKS.items() if kind == self.problem_type]
+            raise ConfigError(
+                f"task {task!r} does not fit problem_type {self.problem_type!r}; take one of "
+                f"{', '.join(fitting)}."
+            )
+        self.task = task
         self.license = license
         self.name = name or f"columns/{Path(data_dir).name}"
         self._given_names = None if label_names is None else tuple(label_names)
@@ -109,7 +120,7 @@ class ColumnsData(DataSource):
         """The named columns of a split.
 
         Raises:
-            DataError: no such split (those that exist are listed) or column (with the nearest).
+            DataError: no such split (those that exist are listed) or column (likewise).
         """
         label = [self.label_column] if self.label_column else []
         identity = [self.id_column] if self.id_column else []
@@ -128,9 +139,9 @@ class ColumnsData(DataSource):
             known = list(stream.features or next(iter(stream.iter(batch_size=1)), {}))
         for column in columns:
             if column not in known:
+                shown = ", ".join(known[:MAX_SHOWN]) + (", ..." if len(known) > MAX_SHOWN else "")
                 raise DataError(
-                    f"split {split!r} of {self.name!r} has no column {column!r}; "
-                    f"{nearest(column, known)}"
+                    f"split {split!r} of {self.name!r} has no column {column!r}; it has: {shown}."
                 )
         return stream.select_columns(list(dict.fromkeys(columns)))
 

@@ -195,12 +195,15 @@ def test_a_class_that_train_does_not_know(folder):
 
 def test_errors_of_the_user(folder):
     write_csv(folder / "train.csv")
-    with pytest.raises(DataError, match=r"no column 'word'; did you mean words"):
+    with pytest.raises(DataError, match=r"no column 'word'; it has: file, words, kind, key\."):
         ColumnsData(str(folder), text_column="word").stream("train")
     with pytest.raises(DataError, match="no split 'test'; it has: train"):
         ColumnsData(str(folder), text_column="words").stream("test")
     with pytest.raises(DataError, match="no file or folder /no/such"):
         ColumnsData("/no/such", text_column="words")
+    with pytest.raises(ConfigError, match=r"task 'sentiment_mosi' does not fit .* binary"):
+        ColumnsData(str(folder), **NAMED, task="sentiment_mosi")
+    assert ColumnsData(str(folder), **NAMED, task="binary").task == "binary"
     with pytest.raises(ConfigError, match="needs data_dir"):
         ColumnsData(text_column="words")
     with pytest.raises(ConfigError, match="at least one of image_column"):
