@@ -13,7 +13,7 @@ from transformers import TrainerCallback, set_seed
 
 from launch.cli import Settings
 from launch.scoring import Scorer, train_prior
-from mm_moe.arguments import parse_json
+from mm_moe.arguments import FLAG_OF_SETTING, parse_json
 from mm_moe.data.collate import Collator
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import DataSource
@@ -28,30 +28,35 @@ from mm_moe.training import runtime
 from mm_moe.training.trainer import MultimodalTrainer
 
 
+def moe_settings(moe: Any) -> dict[str, Any] | None:
+    """The sparse layers' settings as a plain dict, from `MoEArguments` or the bare flags."""
+    if not moe.moe_enable:
+        return None
+    flags = {setting: getattr(moe, flag) for setting, flag in FLAG_OF_SETTING.items()}
+    return {**flags, **parse_json("moe_config", moe.moe_config)}
+
+
 def model_config(settings: Settings, source: DataSource, *, prompt: str) -> MultimodalMoEConfig:
     """The model's configuration; the same settings always give the same one."""
-    moe = None
-    if settings.moe.moe_enable:
-        moe = {
-            "num_experts": settings.moe.num_experts,
-            "top_k": settings.moe.top_k_experts,
-            "router": settings.moe.router,
-            "load_balance_coef": settings.moe.router_aux_loss_coef,
-            "router_z_coef": settings.moe.router_z_loss_coef,
-            **parse_json("moe_config", settings.moe.moe_config),
-        }
+    places = {
+        name: value
+        for name in ("moe_mode", "moe_every")
+        if (value := getattr(settings.moe, name)) is not None
+    }
     same_prompt = prompt == settings.prompt.prompt
     return MultimodalMoEConfig(
         backbone=settings.model.backbone,
         backbone_config=parse_json("backbone_config", settings.model.backbone_config),
         modalities=list(source.modalities),
-        moe=moe,
+        moe=moe_settings(settings.moe),
         moe_layers=settings.moe.moe_layers_idx,
+        **places,
         prompt=prompt,
         prompt_config=parse_json("prompt_config", settings.prompt.prompt_config)
         if same_prompt
         else {},
         upcycle_noise=settings.moe.upcycle_noise,
+        upcycle_drop=settings.moe.upcycle_drop,
         **label_fields(source),
     )
 

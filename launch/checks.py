@@ -14,7 +14,7 @@ from mm_moe.arguments import COLUMN_FLAGS, dataset_options, parse_json
 from mm_moe.checkpoint import hub, store
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import CheckpointError, ConfigError, DataError
-from mm_moe.moe.parallel import check_layout, default_ep_size
+from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.registry import BACKBONES, DATASETS, OBJECTIVES, PROMPTS, ROUTERS
 from mm_moe.training import runtime
 from mm_moe.training.deepspeed_config import check_deepspeed_config, read_deepspeed_config
@@ -62,13 +62,19 @@ def deepspeed_settings(values: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
+def typed_flags(argv: list[str]) -> set[str]:
+    """The flags that were typed by hand, in snake case."""
+    words = [word for word in argv if word.startswith("--")]
+    return {word.split("=")[0].lstrip("-").replace("-", "_") for word in words}
+
+
 def settle_batch(values: argparse.Namespace, argv: list[str]) -> None:
     """Derive the batch per process from `--global_batch_size`; a flag typed by hand beats a recipe.
 
     Raises:
         ConfigError: the global batch does not divide, or two typed flags contradict each other.
     """
-    typed = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv}
+    typed = typed_flags(argv)
     own = "per_device_train_batch_size" in typed
     if not values.global_batch_size or (own and "global_batch_size" not in typed):
         return
@@ -86,25 +92,6 @@ def settle_batch(values: argparse.Namespace, argv: list[str]) -> None:
             "drop one."
         )
     values.per_device_train_batch_size = share
-
-
-def expert_layout(values: argparse.Namespace) -> int:
-    """The expert-parallel size of the run.
-
-    Raises:
-        ParallelismError: experts or processes do not divide.
-    """
-    world = runtime.world_size()
-    if not values.moe_enable:
-        return 1
-    if values.ep_size == 0:
-        return default_ep_size(
-            num_experts=values.num_experts,
-            world_size=world,
-            local_world_size=runtime.local_world_size(),
-        )
-    check_layout(num_experts=values.num_experts, ep_size=values.ep_size, world_size=world)
-    return values.ep_size
 
 
 def open_source(values: argparse.Namespace) -> DataSource:
@@ -217,13 +204,14 @@ def check_same_model(resume: Path, config: dict[str, Any]) -> None:
     Raises:
         CheckpointError: lists the settings that differ.
     """
-    saved = json.loads((resume / "config.json").read_text())
-    keys = ["backbone", "backbone_config", "modalities", "moe", "moe_layers", "prompt"]
-    keys += ["prompt_config", "num_labels", "problem_type"]
+    stored = json.loads((resume / "config.json").read_text())
+    saved = MultimodalMoEConfig.from_dict(stored).to_dict()  # fields newer than it have defaults
+    keys = ["backbone", "backbone_config", "modalities", "moe", "moe_layers", "moe_mode"]
+    keys += ["moe_every", "prompt", "prompt_config", "num_labels", "problem_type"]
     differing = [
         f"{key} was {saved.get(key)!r}, is {config.get(key)!r}"
         for key in keys
-        if json.loads(json.dumps(config.get(key))) != saved.get(key)
+        if json.loads(json.dumps(config.get(key))) != json.loads(json.dumps(saved.get(key)))
     ]
     if differing:
         raise CheckpointError(
@@ -279,7 +267,6 @@ def in_range(values: argparse.Namespace) -> None:
         "per_device_eval_batch_size": 1,
         "gradient_accumulation_steps": 1,
         "global_batch_size": 0,
-        "num_experts": 1,
         "top_k_experts": 1,
         "ep_size": 0,
         "shuffle_buffer": 0,
@@ -290,11 +277,6 @@ def in_range(values: argparse.Namespace) -> None:
     for flag, low in least.items():
         if not getattr(values, flag) >= low:  # so that NaN is refused too
             raise ConfigError(f"--{flag} {getattr(values, flag)} must be at least {low}.")
-    if values.moe_enable and values.top_k_experts > values.num_experts:
-        raise ConfigError(
-            f"--top_k_experts ({values.top_k_experts}) cannot exceed --num_experts "
-            f"({values.num_experts})."
-        )
     cores = os.cpu_count() or 1
     if values.dataloader_num_workers < 0:
         raise ConfigError(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from launch import checks
+from launch import checks, moe_flags
 from launch.assemble import Run, for_comparison, prepare_run
 from launch.cli import RecipeParser, Settings
 from launch.finish import finish_run, write_run_file
@@ -133,10 +133,11 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     checks.check_names(values)
     checks.check_json(values)
     checks.in_range(values)
+    moe_flags.settle_moe(values, argv)
     checks.check_supported(values)
     checks.settle_batch(values, argv)
     values.deepspeed = checks.deepspeed_settings(values)
-    ep_size = checks.expert_layout(values)
+    ep_size = moe_flags.expert_layout(values)
     source = checks.open_source(values)
     resume = checks.resume_point(values)
     checks.check_output(values, resume=resume)

@@ -13,6 +13,20 @@ from typing import Any
 
 from mm_moe.errors import ConfigError
 
+FLAG_OF_SETTING = {  # of `MoESettings`; the other settings are reached by --moe_config
+    "num_experts": "num_experts",
+    "top_k": "top_k_experts",
+    "router": "router",
+    "load_balance_coef": "router_aux_loss_coef",
+    "router_z_coef": "router_z_loss_coef",
+    "use_residual": "use_residual",
+    "num_shared_experts": "num_shared_experts",
+    "drop_tokens": "drop_tokens",
+    "capacity_factor": "capacity_factor",
+    "eval_capacity_factor": "eval_capacity_factor",
+    "min_capacity": "min_capacity",
+}
+
 
 def parse_json(flag: str, text: str | None) -> dict[str, Any]:
     """Read a flag whose value is a JSON object.
@@ -88,11 +102,44 @@ class MoEArguments:
     moe_enable: bool = field(
         default=True, metadata={"help": "Turn chosen feed-forwards into experts."}
     )
-    num_experts: int = field(default=4, metadata={"help": "Experts in each MoE layer."})
+    num_experts: list[int] = field(
+        default_factory=lambda: [4],
+        metadata={"help": "Experts of every MoE layer, or one number per MoE layer of a tower."},
+    )
     top_k_experts: int = field(default=1, metadata={"help": "Experts that each token visits."})
     router: str = field(default="topk_softmax", metadata={"help": "A registered router name."})
+    moe_mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "Blocks with experts: sparse (every second, the default), dense (all), "
+            "first_half or second_half."
+        },
+    )
+    moe_every: int | None = field(
+        default=None, metadata={"help": "Experts in every N-th block (default: 2)."}
+    )
     moe_layers_idx: list[int] | None = field(
-        default=None, metadata={"help": "Blocks with experts (default: every second block)."}
+        default=None, metadata={"help": "Blocks with experts, instead of a mode."}
+    )
+    use_residual: bool = field(
+        default=False, metadata={"help": "Mix the experts' output with a dense feed-forward's."}
+    )
+    num_shared_experts: int = field(
+        default=0, metadata={"help": "Feed-forwards that every token visits besides its choices."}
+    )
+    drop_tokens: bool = field(
+        default=False,
+        metadata={"help": "Give experts a capacity and drop the tokens beyond it (default: none)."},
+    )
+    capacity_factor: float = field(
+        default=1.25,
+        metadata={"help": "With drop_tokens: capacity in training, relative to an even load."},
+    )
+    eval_capacity_factor: float = field(
+        default=2.0, metadata={"help": "With drop_tokens: the same in evaluation."}
+    )
+    min_capacity: int = field(
+        default=4, metadata={"help": "With drop_tokens: tokens that an expert takes at least."}
     )
     router_aux_loss_coef: float = field(
         default=0.01, metadata={"help": "Weight of the load-balance loss."}
@@ -103,6 +150,13 @@ class MoEArguments:
     upcycle_noise: float = field(
         default=0.0,
         metadata={"help": "Relative noise on the copied experts, to break their symmetry."},
+    )
+    upcycle_drop: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the hidden units that each copied expert draws anew; above 0 the "
+            "model no longer starts as the dense one."
+        },
     )
     moe_config: str | None = field(
         default=None, metadata={"help": "JSON object with further settings of the MoE layer."}

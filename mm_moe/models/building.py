@@ -79,8 +79,16 @@ def _take_over(config: MultimodalMoEConfig, pretrained: str) -> MultimodalMoEMod
         if name not in ours or name not in weights or ours[name].shape != weights[name].shape:
             raise CheckpointError(
                 f"the sparse layers of {pretrained!r} ({theirs.moe['num_experts']} experts, "
-                f"moe_layers {theirs.moe_layers}) are not those asked for (moe {config.moe}, "
-                f"moe_layers {config.moe_layers}): {name!r} differs. Ask for the same ones."
+                f"{_places(theirs)}) are not those asked for (moe {config.moe}, "
+                f"{_places(config)}): {name!r} differs. Ask for the same ones."
             )
     model.backbone.load_state_dict(weights)
     return model
+
+
+def _places(config: MultimodalMoEConfig) -> str:
+    """Where the sparse layers are, in words."""
+    if config.moe_layers is not None:
+        return f"moe_layers {config.moe_layers}"
+    every = f", every {config.moe_every}" if config.moe_mode == "sparse" else ""
+    return f"moe_mode {config.moe_mode}{every}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import field
 from typing import Any
 
@@ -11,7 +12,27 @@ from transformers import PreTrainedConfig
 from mm_moe.batch import IMAGE, TEXT
 from mm_moe.errors import ConfigError
 from mm_moe.moe.settings import MoESettings
-from mm_moe.registry import BACKBONES, PROMPTS
+from mm_moe.registry import BACKBONES, PROMPTS, nearest
+
+MOE_MODES = ("sparse", "dense", "first_half", "second_half")
+
+
+def expert_settings(moe: dict[str, Any]) -> list[MoESettings]:
+    """The settings of the sparse layers: one for all, or one for each in order (a pyramid).
+
+    Args:
+        moe: fields of `MoESettings`; `num_experts` may be a list, one number for each sparse block
+            of a tower (Rajbhandari et al. 2022, Pyramid-MoE).
+
+    Raises:
+        ConfigError: a value that cannot work in some layer, such as more choices than experts.
+    """
+    counts = moe.get("num_experts")
+    if not isinstance(counts, (list, tuple)):
+        return [MoESettings.from_dict(moe)]
+    if not counts:
+        raise ConfigError("moe.num_experts is an empty list; give one number, or one per block.")
+    return [MoESettings.from_dict({**moe, "num_experts": count}) for count in counts]
 
 
 @strict
@@ -23,10 +44,16 @@ class MultimodalMoEConfig(PreTrainedConfig):
         backbone_config: the backbone's settings; empty means its defaults, or those of the
             pretrained weights.
         modalities: the model's modalities in their fixed order.
-        moe: fields of `MoESettings`, or None for a dense model.
+        moe: fields of `MoESettings`, or None for a dense model. `num_experts` may be a list: one
+            number for each sparse block of a tower, in order, the same for every tower.
         moe_layers: blocks whose feed-forward is sparse: one list for every tower, or modality ->
-            list. None means every second block (1, 3, 5, ...). Negative counts from the last.
+            list. Negative counts from the last. None leaves the choice to `moe_mode`.
+        moe_mode: "sparse" (every `moe_every`-th block), "dense" (all), "first_half" or
+            "second_half" of n blocks (range(0, n // 2), range(n // 2, n)). The names are those of
+            MoE-LLaVA, whose sparse blocks are 0, 2, 4, ...; ours are 1, 3, 5, ...
+        moe_every: N of the mode "sparse": blocks N - 1, 2N - 1, ...
         upcycle_noise: noise on each expert's copy of the dense weights, relative to their spread.
+        upcycle_drop: share of the hidden units that each expert draws anew.
         prompt: name in the registry of prompts, or `pkg.mod:Class`.
         prompt_config: the prompt's options.
         label_names: names of the classes; sets `num_labels`, `id2label` and `label2id`.
@@ -45,7 +72,10 @@ class MultimodalMoEConfig(PreTrainedConfig):
     modalities: list[str] | tuple[str, ...] = (IMAGE, TEXT)
     moe: dict[str, Any] | None = None
     moe_layers: list[int] | dict[str, list[int]] | None = None
+    moe_mode: str = "sparse"
+    moe_every: int = 2
     upcycle_noise: float = 0.0
+    upcycle_drop: float = 0.0
     prompt: str = "none"
     prompt_config: dict[str, Any] = field(default_factory=dict)
     label_names: list[str] | tuple[str, ...] | None = None
@@ -60,8 +90,7 @@ class MultimodalMoEConfig(PreTrainedConfig):
         """
         BACKBONES.check(self.backbone)
         PROMPTS.check(self.prompt)
-        if self.moe is not None:
-            self.moe = MoESettings.from_dict(self.moe).asdict()
+        self._check_sparse()
         self.modalities = list(self.modalities)
         if self.label_names is not None:
             self.label_names = list(self.label_names)
@@ -74,6 +103,49 @@ class MultimodalMoEConfig(PreTrainedConfig):
             self.id2label = dict(enumerate(self.label_names))
             self.label2id = {name: index for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
+
+    def _check_sparse(self) -> None:
+        """Check what concerns the experts and complete `moe` with its defaults."""
+        if self.moe_mode not in MOE_MODES:
+            raise ConfigError(
+                f"unknown moe_mode {self.moe_mode!r}; {nearest(self.moe_mode, list(MOE_MODES))}"
+            )
+        if self.moe_every < 1:
+            raise ConfigError(f"moe_every ({self.moe_every}) must be at least 1.")
+        if not 0 <= self.upcycle_noise < float("inf"):
+            raise ConfigError(f"upcycle_noise ({self.upcycle_noise}) must be finite, at least 0.")
+        if not 0 <= self.upcycle_drop <= 1:
+            raise ConfigError(
+                f"upcycle_drop ({self.upcycle_drop}) must lie in [0, 1]: the share of hidden units "
+                "that each expert draws anew."
+            )
+        if self.moe is not None:
+            each = expert_settings(self.moe)
+            counts = [settings.num_experts for settings in each]
+            self.moe = {**each[0].asdict(), "num_experts": counts if counts[1:] else counts[0]}
+
+    def sparse_settings(self, modality: str, num_blocks: int) -> dict[int, MoESettings]:
+        """Block -> settings of its sparse layer, for one tower, in order.
+
+        Raises:
+            ConfigError: an index that the tower does not have, or numbers of experts that are not
+                one for each sparse block.
+        """
+        blocks = self.sparse_blocks(modality, num_blocks)
+        if not blocks:
+            return {}
+        known = {"num_modalities": len(self.modalities)}  # what only the model knows
+        each = [dataclasses.replace(one, **known) for one in expert_settings(self.moe or {})]
+        if len(each) == 1:
+            return dict.fromkeys(blocks, each[0])
+        if len(each) != len(blocks):
+            counts = " ".join(str(settings.num_experts) for settings in each)
+            raise ConfigError(
+                f"num_experts has {len(each)} numbers ({counts}), the {modality} tower has "
+                f"{len(blocks)} sparse blocks ({', '.join(map(str, blocks))}); give one number for "
+                f"all, or {len(blocks)}."
+            )
+        return dict(zip(blocks, each, strict=True))
 
     def sparse_blocks(self, modality: str, num_blocks: int) -> list[int]:
         """Which blocks of a tower get a sparse feed-forward, in order.
@@ -92,7 +164,7 @@ class MultimodalMoEConfig(PreTrainedConfig):
                     )
             chosen = chosen.get(modality, [])
         if chosen is None:
-            return list(range(1, num_blocks, 2))
+            return list(self._blocks_of_mode(num_blocks))
         for index in chosen:
             if not -num_blocks <= index < num_blocks:
                 raise ConfigError(
@@ -100,3 +172,11 @@ class MultimodalMoEConfig(PreTrainedConfig):
                     f"{num_blocks} blocks (0 to {num_blocks - 1})."
                 )
         return sorted({index % num_blocks for index in chosen})
+
+    def _blocks_of_mode(self, num_blocks: int) -> range:
+        if self.moe_mode == "first_half":
+            return range(num_blocks // 2)
+        if self.moe_mode == "second_half":
+            return range(num_blocks // 2, num_blocks)
+        every = 1 if self.moe_mode == "dense" else self.moe_every
+        return range(every - 1, num_blocks, every)

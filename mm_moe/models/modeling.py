@@ -5,7 +5,6 @@ Axes: B samples, M modalities, N packed rows of one modality, D width of a featu
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.models.shapes import shape_difference
 from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import MoELayer, RoutingRecord, moe_layers
-from mm_moe.moe.settings import MoESettings
 from mm_moe.moe.upcycle import upcycle
 from mm_moe.registry import BACKBONES, PROMPTS
 from prompts.base import Prompt
@@ -94,7 +92,7 @@ class MultimodalMoEModel(PreTrainedModel):
         """Turn the chosen blocks' dense feed-forwards into sparse layers."""
         for name, tower in self._towers():
             places = tower.feed_forwards()
-            for block in self.config.sparse_blocks(name, tower.num_blocks):
+            for block, settings in self.config.sparse_settings(name, tower.num_blocks).items():
                 parent, attribute = places[block]
                 dense = getattr(parent, attribute)
                 if isinstance(dense, MoELayer):
@@ -102,15 +100,11 @@ class MultimodalMoEModel(PreTrainedModel):
                 on_meta = next(dense.parameters()).is_meta
                 sparse = upcycle(
                     dense,
-                    settings=self._moe_settings(),
+                    settings=settings,
                     noise=0.0 if on_meta else self.config.upcycle_noise,
+                    drop=0.0 if on_meta else self.config.upcycle_drop,
                 )
                 setattr(parent, attribute, sparse)
-
-    def _moe_settings(self) -> MoESettings:
-        """The settings of the sparse layers, with what only the model knows."""
-        settings = MoESettings.from_dict(self.config.moe or {})
-        return dataclasses.replace(settings, num_modalities=len(self.modalities))
 
     def _new_prompt(self) -> Prompt:
         prompt_class = PROMPTS.resolve(self.config.prompt)

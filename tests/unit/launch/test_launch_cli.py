@@ -36,7 +36,7 @@ def values(*argv: str):
 
 def test_a_recipe_sets_flags_of_every_kind(recipe):
     found = values("--config", recipe)
-    assert found.num_experts == 8
+    assert found.num_experts == [8]
     assert found.moe_layers_idx == [0, 3]
     assert (found.lock_image, found.lock_text) == (True, False)
     assert found.data_dir is None
@@ -47,7 +47,7 @@ def test_a_recipe_sets_flags_of_every_kind(recipe):
 
 def test_a_typed_flag_beats_the_recipe_in_either_spelling(recipe):
     found = values("--num-experts", "2", "--config", recipe, "--lock_image=false")
-    assert found.num_experts == 2
+    assert found.num_experts == [2]
     assert found.lock_image is False
     assert found.moe_layers_idx == [0, 3]
 
@@ -89,7 +89,7 @@ def test_the_flags_become_the_dataclasses(recipe, tmp_path):
     parser = RecipeParser()
     argv = ["--config", recipe, "--output_dir", str(tmp_path / "run"), "--use_cpu"]
     settings = parser.build(parser.namespace(argv))
-    assert settings.moe.num_experts == 8
+    assert settings.moe.num_experts == [8]
     assert settings.model.lock_image is True
     assert settings.training.learning_rate == 1e-3
     assert settings.run.config == recipe

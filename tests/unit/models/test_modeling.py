@@ -112,8 +112,81 @@ def test_sparse_blocks_can_be_chosen(moe_layers_, expected):
 
 
 @pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [1, 3]),
+        ({"moe_mode": "sparse"}, [1, 3]),
+        ({"moe_mode": "dense"}, [0, 1, 2, 3]),
+        ({"moe_mode": "first_half"}, [0, 1]),
+        ({"moe_mode": "second_half"}, [2, 3]),
+        ({"moe_every": 3}, [2]),
+        ({"moe_every": 5}, []),
+        ({"moe_mode": "dense", "moe_layers": [0]}, [0]),
+    ],
+)
+def test_modes_choose_blocks(fields, expected):
+    config = MultimodalMoEConfig(moe=SPARSE, num_labels=1, **fields)
+    assert config.sparse_blocks("image", 4) == expected
+    halves = [
+        MultimodalMoEConfig(moe=SPARSE, moe_mode=f"{half}_half") for half in ("first", "second")
+    ]
+    assert [half.sparse_blocks("text", 5) for half in halves] == [[0, 1], [2, 3, 4]]
+
+
+def experts_of(model):
+    return {
+        name.split("towers.")[1]: layer.num_experts for name, layer in moe_layers(model).items()
+    }
+
+
+def test_a_pyramid_has_its_own_number_of_experts_in_each_block_and_rebuilds(tmp_path):
+    model = model_of(moe={"num_experts": [2, 5], "top_k": 2}, moe_mode="second_half")
+    assert experts_of(model) == {
+        f"{m}.layers.{i}.mlp": n for m in ("image", "text") for i, n in ((2, 2), (3, 5))
+    }
+    model.save_pretrained(tmp_path)
+    again = MultimodalMoEModel.from_pretrained(tmp_path).eval()
+    assert experts_of(again) == experts_of(model)
+    batch = batch_of([BOTH])
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert again.config.moe["num_experts"] == [2, 5]
+    config = MultimodalMoEConfig(num_labels=2, moe=model.config.moe, moe_mode="second_half")
+    taken = build_model(config, pretrained=str(tmp_path))
+    assert experts_of(taken) == experts_of(model)
+    config = MultimodalMoEConfig(num_labels=2, moe={"num_experts": [5, 2]}, moe_mode="second_half")
+    with pytest.raises(CheckpointError, match=r"\[2, 5\] experts, moe_mode second_half.*\[5, 2\]"):
+        build_model(config, pretrained=str(tmp_path))
+
+
+def test_one_number_stays_a_number_and_old_configurations_load():
+    assert MultimodalMoEConfig(moe={"num_experts": [4]}).moe["num_experts"] == 4
+    old = MultimodalMoEConfig(moe=SPARSE).to_dict()
+    for key in ("moe_mode", "moe_every", "upcycle_drop"):
+        del old[key]
+    assert MultimodalMoEConfig.from_dict(old).sparse_blocks("image", 4) == [1, 3]
+
+
+def test_dropped_units_make_the_experts_differ():
+    torch.manual_seed(0)
+    layers = moe_layers(model_of(moe=SPARSE, upcycle_drop=0.5)).values()
+    for layer in layers:
+        changed_F = (layer.experts.w_out[0] != layer.experts.w_out[1]).any(1)
+        assert 12 <= changed_F.sum() <= 24  # two halves of 24 units
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"moe_mode": "thirds"}, "unknown moe_mode 'thirds'"),
+        ({"moe_every": 0}, r"moe_every \(0\)"),
+        ({"upcycle_drop": 1.1}, r"upcycle_drop \(1.1\)"),
+        ({"upcycle_noise": -0.1}, r"upcycle_noise \(-0.1\)"),
+        ({"moe": {"num_experts": []}}, "empty list"),
+        ({"moe": {"num_experts": [4, 2], "top_k": 3}}, r"top_k \(3\).*\(2\)"),
+        (
+            {"moe": {"num_experts": [4, 2, 2]}},
+            r"3 numbers \(4 2 2\), the image tower has 2 sparse blocks \(1, 3\)",
+        ),
         ({"backbone": "smal_clip"}, "did you mean small_clip"),
         ({"prompt": "repaly"}, "did you mean replay"),
         ({"prompt": "replay", "prompt_config": {"lenght": 3}}, "did you mean length"),
