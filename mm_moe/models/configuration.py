@@ -134,8 +134,9 @@ class MultimodalMoEConfig(PreTrainedConfig):
         blocks = self.sparse_blocks(modality, num_blocks)
         if not blocks:
             return {}
-        known = {"num_modalities": len(self.modalities)}  # what only the model knows
-        each = [dataclasses.replace(one, **known) for one in expert_settings(self.moe or {})]
+        count = len(self.modalities)  # what only the model knows
+        each = expert_settings(self.moe or {})
+        each = [dataclasses.replace(settings, num_modalities=count) for settings in each]
         if len(each) == 1:
             return dict.fromkeys(blocks, each[0])
         if len(each) != len(blocks):
