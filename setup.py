@@ -33,6 +33,7 @@ REQUIREMENTS = [
     "accelerate>=1.10",
     "peft>=0.18",
     "sentencepiece>=0.2",
+    "protobuf>=5",  # transformers reads sentencepiece models with it
     "tokenizers>=0.22",
     "safetensors>=0.6",
     "huggingface-hub>=1.31",

@@ -72,6 +72,7 @@ BACKBONES = Registry(
     {
         "small_clip": "mm_moe.backbones.clip_small:SmallClipBackbone",
         "clip": "mm_moe.backbones.clip:ClipBackbone",
+        "siglip": "mm_moe.backbones.siglip:SiglipBackbone",
         "open_clip": "mm_moe.backbones.openclip:OpenClipBackbone",
     },
 )

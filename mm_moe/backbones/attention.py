@@ -1,6 +1,6 @@
 """Attention with extra keys and values, for prompts that act inside a block.
 
-Axes: N rows, L tokens, P extra pairs, D width, H heads, K width of a head.
+Axes: N rows, Q queries, L keys, P extra pairs, D width, H heads, K width of a head.
 """
 
 from __future__ import annotations
@@ -10,31 +10,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attend_with_extra(
-    query_NLD: Tensor,
+def attend(
+    query_NQD: Tensor,
     key_NLD: Tensor,
     value_NLD: Tensor,
-    extra: tuple[Tensor, Tensor],
     *,
     num_heads: int,
-    causal: bool,
+    extra: tuple[Tensor, Tensor] | None = None,
+    mask_NL: Tensor | None = None,
+    causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention (N, L, D), before its output projection, over P extra pairs and the L own ones.
+    """Attention (N, Q, D), before its output projection, over P extra pairs and L own keys.
 
-    Every token sees all extra pairs; in a causal tower, of the own ones only those up to itself.
+    Every query sees all extra pairs; of the own keys only the real ones and, in a causal tower,
+    those up to itself. A row without any real key, the blank one, sees all of them: its numbers
+    mean nothing but must be finite.
 
     Args:
-        query_NLD: projected queries.
-        key_NLD: projected keys.
+        query_NQD: projected queries.
+        key_NLD: projected keys; in a causal tower as many as queries.
         value_NLD: projected values.
-        extra: keys and values (N, P, D), taken as they are.
         num_heads: H.
+        extra: keys and values (N, P, D), taken as they are.
+        mask_NL: which of the own keys are real; None means all.
         causal: whether the tower is causal.
         dropout: of the attention weights.
     """
-    num_rows, length, width = query_NLD.shape
-    num_extra = extra[0].shape[1]
+    num_rows, length, width = query_NQD.shape
+    num_extra = 0
+    if extra is not None:
+        num_extra = extra[0].shape[1]
+        key_NLD = torch.cat([extra[0].to(key_NLD.dtype), key_NLD], dim=1)
+        value_NLD = torch.cat([extra[1].to(value_NLD.dtype), value_NLD], dim=1)
 
     def heads(x: Tensor) -> Tensor:
         return x.view(num_rows, -1, num_heads, width // num_heads).transpose(1, 2)
@@ -42,13 +50,13 @@ def attend_with_extra(
     allowed = None
     if causal:
         allowed = torch.ones(
-            length, num_extra + length, dtype=torch.bool, device=query_NLD.device
+            length, key_NLD.shape[1], dtype=torch.bool, device=query_NQD.device
         ).tril(diagonal=num_extra)
-    out_NHLK = F.scaled_dot_product_attention(
-        heads(query_NLD),
-        heads(torch.cat([extra[0].to(key_NLD.dtype), key_NLD], dim=1)),
-        heads(torch.cat([extra[1].to(value_NLD.dtype), value_NLD], dim=1)),
-        attn_mask=allowed,
-        dropout_p=dropout,
+    if mask_NL is not None:
+        real_NL = F.pad(mask_NL | ~mask_NL.any(1, keepdim=True), (num_extra, 0), value=True)
+        real_N11L = real_NL[:, None, None]
+        allowed = real_N11L if allowed is None else allowed & real_N11L
+    out_NHQK = F.scaled_dot_product_attention(
+        heads(query_NQD), heads(key_NLD), heads(value_NLD), attn_mask=allowed, dropout_p=dropout
     )
-    return out_NHLK.transpose(1, 2).reshape(num_rows, length, width)
+    return out_NHQK.transpose(1, 2).reshape(num_rows, length, width)

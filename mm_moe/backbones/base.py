@@ -104,12 +104,19 @@ class Tower(nn.Module, ABC):
         mask_NL: Tensor | None = None,
         keys_values: tuple[Tensor, Tensor] | None = None,
         context: TokenContext | None = None,
+        memory: Tensor | None = None,
     ) -> tuple[Tensor, RoutingRecord | None]:
         """Run block `index`; the record is None where its feed-forward is dense.
+
+        `memory` is what the tower's own `memory` gave for these rows.
 
         A mask that is False throughout marks the blank row: it is not routed, and its numbers are
         finite but mean nothing.
         """
+
+    def memory(self, payload: Payload) -> Tensor | None:
+        """What the blocks attend to besides their tokens (N, S, width of its own), if anything."""
+        return None
 
     @abstractmethod
     def pool(self, x_NLD: Tensor, payload: Payload, prefix: int) -> Tensor:
@@ -121,7 +128,7 @@ class Tower(nn.Module, ABC):
 
     @abstractmethod
     def feed_forwards(self) -> list[tuple[nn.Module, str]]:
-        """One (parent module, attribute name) per block: where its feed-forward hangs."""
+        """One (block module, attribute name) per block: where its feed-forward hangs."""
 
 
 def run_feed_forward(
@@ -219,6 +226,7 @@ class Backbone(nn.Module):
         tower: Tower = self.towers[modality]  # type: ignore[assignment]
         rows = tower.blank() if payload is None else payload
         context = context or TokenContext(modality=tower.modality_index)
+        memory = tower.memory(rows)
         x_NLD, mask_NL = tower.embed(rows)
         if payload is None:
             mask_NL = torch.zeros(x_NLD.shape[:2], dtype=torch.bool, device=x_NLD.device)
@@ -228,7 +236,7 @@ class Backbone(nn.Module):
             if edit is not None:
                 x_NLD, mask_NL = edit.before(layer, x_NLD, mask_NL)
                 keys_values = edit.keys_values(layer)
-            x_NLD, record = tower.block(layer, x_NLD, mask_NL, keys_values, context)
+            x_NLD, record = tower.block(layer, x_NLD, mask_NL, keys_values, context, memory)
             if edit is not None:
                 x_NLD = edit.after(layer, x_NLD, mask_NL)
             if record is not None:

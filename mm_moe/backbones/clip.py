@@ -11,10 +11,16 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModel
 
-from mm_moe.backbones.attention import attend_with_extra
+from mm_moe.backbones.attention import attend
 from mm_moe.backbones.base import Backbone, Payload, ProcessorNeeds, Tower, run_feed_forward
+from mm_moe.backbones.inputs import check_length, check_pixels
+from mm_moe.backbones.library import (
+    check_same_settings,
+    json_fields,
+    library_config,
+    read_library_model,
+)
 from mm_moe.batch import IMAGE, TEXT
-from mm_moe.errors import CheckpointError, ConfigError
 from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import RoutingRecord
 
@@ -22,16 +28,15 @@ LEGACY_EOS = 2  # configs from before the id was stored right: the largest id of
 
 
 class ClipTower(Tower):
-    """The part that CLIP's two towers share: pre-norm blocks from the library's layer modules."""
+    """The part that the towers of CLIP and SigLIP share: pre-norm blocks of the library's own."""
 
     layers: nn.ModuleList
 
-    def __init__(self, encoder: CLIPTextModel | CLIPVisionModel, projection: nn.Linear) -> None:
+    def __init__(self, encoder: Any, *, out_width: int) -> None:
         super().__init__()
         self.layers = encoder.encoder.layers
-        self.projection = projection
         self.width = encoder.config.hidden_size
-        self.out_width = projection.out_features
+        self.out_width = out_width
         self.num_blocks = len(self.layers)
 
     def block(
@@ -41,11 +46,12 @@ class ClipTower(Tower):
         mask_NL: Tensor | None = None,
         keys_values: tuple[Tensor, Tensor] | None = None,
         context: TokenContext | None = None,
+        memory: Tensor | None = None,
     ) -> tuple[Tensor, RoutingRecord | None]:
         """One pre-norm block. The mask only decides which tokens a sparse feed-forward routes.
 
-        Attention needs no padding mask: images have no padding, and text is padded on the right,
-        where the causal order already hides it from every real token.
+        Attention needs no padding mask: images have no padding, CLIP's text is padded on the right,
+        where the causal order already hides it from every real token, and SigLIP reads its padding.
         """
         layer: Any = self.layers[index]
         y_NLD = layer.layer_norm1(x_NLD)
@@ -53,12 +59,12 @@ class ClipTower(Tower):
             y_NLD, _ = layer.self_attn(y_NLD, attention_mask=None, is_causal=self.causal)
         else:
             attention = layer.self_attn
-            y_NLD = attend_with_extra(
+            y_NLD = attend(
                 attention.q_proj(y_NLD),
                 attention.k_proj(y_NLD),
                 attention.v_proj(y_NLD),
-                keys_values,
                 num_heads=attention.num_heads,
+                extra=keys_values,
                 causal=self.causal,
                 dropout=attention.dropout if attention.training else 0.0,
             )
@@ -76,7 +82,8 @@ class ClipImageTower(ClipTower):
     """CLIP's vision transformer; payload: pixel_values (N, 3, H, W)."""
 
     def __init__(self, encoder: CLIPVisionModel, projection: nn.Linear) -> None:
-        super().__init__(encoder, projection)
+        super().__init__(encoder, out_width=projection.out_features)
+        self.projection = projection
         # The embedding's modules without the embedding: it has a buffer that no checkpoint holds.
         self.class_embedding = encoder.embeddings.class_embedding
         self.patch_embedding = encoder.embeddings.patch_embedding
@@ -88,12 +95,7 @@ class ClipImageTower(ClipTower):
     def embed(self, payload: Payload) -> tuple[Tensor, None]:
         """Class token and patches, with positions, normalised."""
         pixels_NCHW = payload["pixel_values"]
-        height, width = pixels_NCHW.shape[-2:]
-        if (height, width) != (self.image_size, self.image_size):
-            raise ConfigError(
-                f"the image tower takes {self.image_size} x {self.image_size} pixels, the batch "
-                f"has {height} x {width}; use this model's own processor."
-            )
+        check_pixels(pixels_NCHW, self.image_size)
         patches = self.patch_embedding(pixels_NCHW.to(self.patch_embedding.weight.dtype))
         patches_NLD = patches.flatten(2).transpose(1, 2)
         class_N1D = self.class_embedding.expand(len(patches_NLD), 1, -1)
@@ -116,7 +118,8 @@ class ClipTextTower(ClipTower):
     causal = True
 
     def __init__(self, encoder: CLIPTextModel, projection: nn.Linear) -> None:
-        super().__init__(encoder, projection)
+        super().__init__(encoder, out_width=projection.out_features)
+        self.projection = projection
         self.token_embedding = encoder.embeddings.token_embedding
         self.position_embedding = encoder.embeddings.position_embedding
         self.norm_out = encoder.final_layer_norm
@@ -126,11 +129,7 @@ class ClipTextTower(ClipTower):
         """Token plus position embeddings; the mask is the tokenizer's."""
         ids_NL = payload["input_ids"]
         length, positions = ids_NL.shape[1], self.position_embedding.num_embeddings
-        if length > positions:
-            raise ConfigError(
-                f"a text of {length} tokens does not fit the text tower's {positions} positions; "
-                f"use this model's own processor, or truncate to {positions}."
-            )
+        check_length(length, positions)
         x_NLD = self.token_embedding(ids_NL) + self.position_embedding.weight[:length]
         return x_NLD, payload["attention_mask"].bool()
 
@@ -152,10 +151,7 @@ class ClipTextTower(ClipTower):
 
 def clip_config(settings: dict[str, Any]) -> CLIPConfig:
     """CLIPConfig from a dict of its fields, with errors a user can act on."""
-    try:
-        return CLIPConfig(**settings)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"backbone_config is not a CLIPConfig: {error}") from error
+    return library_config(CLIPConfig, settings)
 
 
 class ClipBackbone(Backbone):
@@ -201,20 +197,9 @@ class ClipBackbone(Backbone):
             ConfigError: `settings` are given as well and say something else.
             CheckpointError: nothing readable under that name.
         """
-        try:
-            clip = CLIPModel.from_pretrained(pretrained, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"no CLIP checkpoint could be read from {pretrained!r} ({first_line(error)}); "
-                "give a folder with config.json and model.safetensors, or a Hub name."
-            ) from error
+        clip = read_library_model(CLIPModel, pretrained, kind="CLIP")
         own = json_fields(clip.config)
-        for key, value in settings.items():
-            if key in own and own[key] != value:
-                raise ConfigError(
-                    f"backbone_config.{key} differs from the checkpoint {pretrained!r}; leave "
-                    "backbone_config empty when loading pretrained weights."
-                )
+        check_same_settings(settings, own, pretrained)
         return cls(own, modalities=modalities, clip=clip)
 
 
@@ -228,23 +213,3 @@ def needs_of(config: CLIPConfig, source: str | None = None) -> ProcessorNeeds:
         vocab_size=text.vocab_size,
         source=source,
     )
-
-
-def json_fields(config: CLIPConfig) -> dict[str, Any]:
-    """The fields of a CLIPConfig that rebuild it, without what depends on the library's version."""
-    fields = config.to_diff_dict()
-    for part in (fields, fields.get("text_config", {}), fields.get("vision_config", {})):
-        for key in (
-            "transformers_version",
-            "architectures",
-            "dtype",
-            "model_type",
-            "_name_or_path",
-        ):
-            part.pop(key, None)
-    return fields
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

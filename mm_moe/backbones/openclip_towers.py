@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mm_moe.backbones.attention import attend_with_extra
+from mm_moe.backbones.attention import attend
 from mm_moe.backbones.base import Payload, Tower, run_feed_forward
-from mm_moe.errors import ConfigError
+from mm_moe.backbones.inputs import check_length, check_pixels
 from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import RoutingRecord
 
@@ -45,6 +45,7 @@ class OpenClipTower(Tower):
         mask_NL: Tensor | None = None,
         keys_values: tuple[Tensor, Tensor] | None = None,
         context: TokenContext | None = None,
+        memory: Tensor | None = None,
     ) -> tuple[Tensor, RoutingRecord | None]:
         """One pre-norm block; see `ClipTower.block` for why attention needs no padding mask."""
         block: Any = self.blocks[index]
@@ -63,8 +64,8 @@ class OpenClipTower(Tower):
     ) -> Tensor:
         joint = F.linear(y_NLD, attention.in_proj_weight, attention.in_proj_bias)
         query, key, value = joint.chunk(3, dim=-1)
-        out_NLD = attend_with_extra(
-            query, key, value, extra, num_heads=attention.num_heads, causal=self.causal
+        out_NLD = attend(
+            query, key, value, extra=extra, num_heads=attention.num_heads, causal=self.causal
         )
         return attention.out_proj(out_NLD)
 
@@ -92,12 +93,7 @@ class OpenClipImageTower(OpenClipTower):
     def embed(self, payload: Payload) -> tuple[Tensor, None]:
         """Class token and patches, with positions, normalised."""
         pixels_NCHW = payload["pixel_values"]
-        height, width = pixels_NCHW.shape[-2:]
-        if (height, width) != (self.image_size, self.image_size):
-            raise ConfigError(
-                f"the image tower takes {self.image_size} x {self.image_size} pixels, the batch "
-                f"has {height} x {width}; use this model's own processor."
-            )
+        check_pixels(pixels_NCHW, self.image_size)
         return self.visual._embeds(pixels_NCHW.to(self.visual.conv1.weight.dtype)), None
 
     def pool(self, x_NLD: Tensor, payload: Payload, prefix: int) -> Tensor:
@@ -137,11 +133,7 @@ class OpenClipTextTower(OpenClipTower):
         """Token plus position embeddings; the mask is the tokenizer's."""
         ids_NL = payload["input_ids"]
         length, positions = ids_NL.shape[1], len(self.positional_embedding)
-        if length > positions:
-            raise ConfigError(
-                f"a text of {length} tokens does not fit the text tower's {positions} positions; "
-                f"use this model's own processor, or truncate to {positions}."
-            )
+        check_length(length, positions)
         x_NLD = self.token_embedding(ids_NL) + self.positional_embedding[:length]
         return x_NLD, payload["attention_mask"].bool()
 

@@ -38,16 +38,22 @@ class ImageProcessor:
     a small run meets in every step, skip its general path (about ten times faster).
 
     Args:
-        library: the processor that holds the settings and does the general case.
+        library: an image processor of any of its models; holds the settings and does the general
+            case.
     """
 
-    def __init__(self, library: CLIPImageProcessor) -> None:
+    def __init__(self, library: Any) -> None:
         self.library = library
-        crop, size = library.crop_size, library.size
-        self.height, self.width = crop["height"], crop["width"]
-        plain = library.do_rescale and library.do_normalize and library.do_center_crop
-        kept = not library.do_resize or size.get("shortest_edge") == self.height
-        self.has_fast_path = plain and kept and self.height == self.width
+        size = dict(library.size)
+        cropped = bool(getattr(library, "do_center_crop", False))  # SigLIP's has no such setting
+        final = dict(library.crop_size) if cropped else size
+        side = final.get("shortest_edge", 0)
+        self.height, self.width = final.get("height", side), final.get("width", side)
+        square = self.height == self.width
+        # an image of the final size leaves the resizing as it came in
+        kept = {"height": self.height, "width": self.width}, {"shortest_edge": self.height}
+        plain = library.do_rescale and library.do_normalize
+        self.has_fast_path = plain and square and (not library.do_resize or size in kept)
         mean_C, std_C = torch.tensor(library.image_mean), torch.tensor(library.image_std)
         self.scale_C11 = (library.rescale_factor / std_C).view(3, 1, 1)
         self.shift_C11 = (-mean_C / std_C).view(3, 1, 1)
@@ -117,11 +123,16 @@ def processors_for(
 def save_processors(processors: dict[str, Processor], folder: Path) -> None:
     """Write the library's own files, so that AutoProcessor or `processors_for` reads them back."""
     image, text = processors.get(IMAGE), processors.get(TEXT)
-    if isinstance(image, ImageProcessor) and isinstance(text, TextProcessor):
+    if (
+        isinstance(image, ImageProcessor)
+        and isinstance(text, TextProcessor)
+        and isinstance(image.library, CLIPImageProcessor)
+    ):
         CLIPProcessor(image.library, text.tokenizer).save_pretrained(folder)
-    elif isinstance(image, ImageProcessor):
+        return
+    if isinstance(image, ImageProcessor):
         image.library.save_pretrained(folder)
-    elif isinstance(text, TextProcessor):
+    if isinstance(text, TextProcessor):
         text.tokenizer.save_pretrained(folder)
 
 

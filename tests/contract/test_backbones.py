@@ -23,6 +23,10 @@ TINY = {  # small settings, so that the test is quick
         "vision_config": TOWER | {"image_size": 16, "patch_size": 8},
         "projection_dim": 8,
     },
+    "siglip": {
+        "text_config": TOWER | {"vocab_size": 40, "max_position_embeddings": 9},
+        "vision_config": TOWER | {"image_size": 16, "patch_size": 8},
+    },
     "open_clip": {
         "model_cfg": {
             "embed_dim": 8,

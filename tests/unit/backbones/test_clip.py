@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from mm_moe.backbones.attention import attend_with_extra
-from mm_moe.backbones.clip import ClipBackbone, json_fields
+from mm_moe.backbones.attention import attend
+from mm_moe.backbones.clip import ClipBackbone
 from mm_moe.backbones.clip_small import SmallClipBackbone
+from mm_moe.backbones.library import json_fields
 from mm_moe.backbones.weights import save_weights
 from mm_moe.errors import CheckpointError, ConfigError
 
@@ -81,12 +82,12 @@ def test_extra_keys_by_hand():
     query_NLD = key_NLD = torch.zeros(1, 2, 1)
     value_NLD = torch.tensor([[[3.0], [6.0]]])
     extra = (torch.zeros(1, 1, 1), torch.tensor([[[9.0]]]))
-    out = attend_with_extra(query_NLD, key_NLD, value_NLD, extra, num_heads=1, causal=True)
+    out = attend(query_NLD, key_NLD, value_NLD, extra=extra, num_heads=1, causal=True)
     assert out.flatten().tolist() == [6.0, 6.0]  # (9 + 3) / 2 and (9 + 3 + 6) / 3
-    out = attend_with_extra(query_NLD, key_NLD, value_NLD, extra, num_heads=1, causal=False)
+    out = attend(query_NLD, key_NLD, value_NLD, extra=extra, num_heads=1, causal=False)
     assert out.flatten().tolist() == [6.0, 6.0]
     value_NLD[0, 1] = 0.0
-    out = attend_with_extra(query_NLD, key_NLD, value_NLD, extra, num_heads=1, causal=True)
+    out = attend(query_NLD, key_NLD, value_NLD, extra=extra, num_heads=1, causal=True)
     assert out.flatten().tolist() == [6.0, 4.0]
 
 
