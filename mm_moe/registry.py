@@ -73,6 +73,7 @@ BACKBONES = Registry(
         "small_clip": "mm_moe.backbones.clip_small:SmallClipBackbone",
         "clip": "mm_moe.backbones.clip:ClipBackbone",
         "siglip": "mm_moe.backbones.siglip:SiglipBackbone",
+        "blip2": "mm_moe.backbones.blip2:Blip2Backbone",
         "open_clip": "mm_moe.backbones.openclip:OpenClipBackbone",
     },
 )

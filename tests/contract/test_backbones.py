@@ -27,6 +27,12 @@ TINY = {  # small settings, so that the test is quick
         "text_config": TOWER | {"vocab_size": 40, "max_position_embeddings": 9},
         "vision_config": TOWER | {"image_size": 16, "patch_size": 8},
     },
+    "blip2": {
+        "vision_config": TOWER | {"image_size": 16, "patch_size": 8},
+        "qformer_config": TOWER | {"vocab_size": 40, "max_position_embeddings": 9},
+        "num_query_tokens": 3,
+        "image_text_hidden_size": 8,
+    },
     "open_clip": {
         "model_cfg": {
             "embed_dim": 8,
@@ -54,7 +60,7 @@ def backbone(request):
     torch.manual_seed(0)
     backbone_class = BACKBONES.resolve(request.param)
     assert request.param in TINY, f"add small settings of {request.param!r} to TINY"
-    return backbone_class(TINY[request.param], modalities=backbone_class.supported)
+    return backbone_class(TINY[request.param], modalities=backbone_class.supported).eval()
 
 
 def test_towers_say_their_shapes(backbone):
