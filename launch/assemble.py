@@ -165,7 +165,9 @@ def prepare_run(
     """Build the model, spread its experts over `ep_size` processes and make its trainer."""
     model = dense_model(settings, model_config(settings, source, prompt=prompt))
     make_expert_parallel(model, ep_size=ep_size)
-    processors = processors_for(model.config, source=settings.model.pretrained)
+    processors = processors_for(
+        model.config, source=settings.model.tokenizer or settings.model.pretrained
+    )
     scorer = Scorer(
         model,
         source,

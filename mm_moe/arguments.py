@@ -87,6 +87,13 @@ class ModelArguments:
     backbone_config: str | None = field(
         default=None, metadata={"help": "JSON object that overrides the backbone's configuration."}
     )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub name with the tokenizer, or builtin for small_clip's; default: "
+            "that of the pretrained weights."
+        },
+    )
     lock_image: bool = field(
         default=False, metadata={"help": "Freeze the dense weights of the image tower."}
     )

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mm_moe.backbones.base import ProcessorNeeds
+from mm_moe.backbones.clip_small import SMALL_CLIP_FOLDER
 from mm_moe.batch import IMAGE, TEXT
 from mm_moe.errors import ConfigError
 from mm_moe.models.configuration import MultimodalMoEConfig
@@ -100,9 +101,9 @@ def processors_for(
 ) -> dict[str, Processor]:
     """One processor per modality of a model.
 
-    Files are looked for in `source`, then where the config was loaded from, then with the
-    backbone. Without image settings there, images are resized to the model's size and normalised
-    with CLIP's constants.
+    Files are looked for in `source` ("builtin": small_clip's tokenizer), then where the config was
+    loaded from, then with the backbone. Without image settings there, images are resized to the
+    model's size and normalised with the backbone's constants, or CLIP's.
 
     Args:
         config: of the model.
@@ -163,6 +164,7 @@ def _image_processor(places: list[str], needs: ProcessorNeeds) -> ImageProcessor
 
 def _text_processor(places: list[str], needs: ProcessorNeeds) -> TextProcessor:
     for place in places:
+        place = str(SMALL_CLIP_FOLDER) if place == "builtin" else place
         if _has(place, "tokenizer_config.json", "tokenizer.json", "vocab.json"):
             try:
                 tokenizer = AutoTokenizer.from_pretrained(place)
@@ -173,7 +175,8 @@ def _text_processor(places: list[str], needs: ProcessorNeeds) -> TextProcessor:
         return _fitting(needs.tokenizer(), "the backbone", needs)
     looked = ", ".join(map(repr, places)) or "nowhere, as no place was given"
     raise ConfigError(
-        f"no tokenizer found (looked in: {looked}); give a folder or Hub name that has one."
+        f"no tokenizer found (looked in: {looked}); give a folder or Hub name that has one, with "
+        "--tokenizer (builtin: small_clip's) or --pretrained."
     )
 
 
