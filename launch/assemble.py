@@ -29,10 +29,15 @@ from mm_moe.training.trainer import MultimodalTrainer
 
 
 def moe_settings(moe: Any) -> dict[str, Any] | None:
-    """The sparse layers' settings as a plain dict, from `MoEArguments` or the bare flags."""
+    """The sparse layers' settings as a plain dict, from `MoEArguments` or the bare flags.
+
+    `num_experts` is a list where it differs between layers; `expert_settings` reads both forms.
+    """
     if not moe.moe_enable:
         return None
     flags = {setting: getattr(moe, flag) for setting, flag in FLAG_OF_SETTING.items()}
+    if len(moe.num_experts) == 1:
+        flags["num_experts"] = moe.num_experts[0]
     return {**flags, **parse_json("moe_config", moe.moe_config)}
 
 

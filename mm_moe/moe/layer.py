@@ -47,7 +47,7 @@ class MoELayer(nn.Module):
         width: D.
         hidden: hidden width of each expert.
         settings: the layer's settings.
-        activation: "gelu", "gelu_tanh" or "quick_gelu".
+        activation: a name in `mm_moe.moe.experts.ACTIVATIONS`, gated or not.
     """
 
     def __init__(

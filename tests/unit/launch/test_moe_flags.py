@@ -39,6 +39,7 @@ def test_flags_and_moe_config_say_the_same(settled):
 
 def test_without_flags_the_settings_are_the_defaults(settled):
     moe = moe_settings(settled())
+    assert moe["num_experts"] == 4
     assert [s.asdict() for s in expert_settings(moe)] == [expert_settings({})[0].asdict()]
 
 
