@@ -51,6 +51,7 @@ REQUIREMENTS = [
 TEST_REQUIREMENTS = [
     "pytest>=9",
     "torchmetrics>=1.8",  # an independent peer of the scores
+    "h5py>=3.13",  # features of IEMOCAP
     "ruff>=0.17",
     "mypy>=2",
     "types-PyYAML",
@@ -75,7 +76,7 @@ setup(
         )
     ],
     install_requires=REQUIREMENTS,
-    extras_require={"test": TEST_REQUIREMENTS},
+    extras_require={"test": TEST_REQUIREMENTS, "iemocap": ["h5py>=3.13"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

@@ -112,6 +112,10 @@ DATASETS = Registry(
         "mm_imdb": "mm_moe.data.sets.prepared:MmImdbData",
         "food101": "mm_moe.data.sets.prepared:Food101Data",
         "hateful_memes": "mm_moe.data.sets.prepared:HatefulMemesData",
+        "cmu_mosi": "mm_moe.data.sets.prepared:CmuMosiData",
+        "cmu_mosei": "mm_moe.data.sets.prepared:CmuMoseiData",
+        "ch_sims": "mm_moe.data.sets.prepared:ChSimsData",
+        "iemocap": "mm_moe.data.sets.prepared:IemocapData",
     },
 )
 RAW_DATASETS = Registry(
@@ -120,6 +124,10 @@ RAW_DATASETS = Registry(
         "mm_imdb": "mm_moe.data.prepare.mm_imdb:MmImdbRaw",
         "food101": "mm_moe.data.prepare.food101:Food101Raw",
         "hateful_memes": "mm_moe.data.prepare.hateful_memes:HatefulMemesRaw",
+        "cmu_mosi": "mm_moe.data.prepare.sentiment:MosiRaw",
+        "cmu_mosei": "mm_moe.data.prepare.sentiment:MoseiRaw",
+        "ch_sims": "mm_moe.data.prepare.sentiment:SimsRaw",
+        "iemocap": "mm_moe.data.prepare.iemocap:IemocapRaw",
     },
 )
 OBJECTIVES = Registry(

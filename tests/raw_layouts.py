@@ -6,8 +6,10 @@ bear are part of every fixture, the faults are added by the tests.
 
 import io
 import json
+import pickle
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 
@@ -84,3 +86,100 @@ def hateful_memes(folder: Path, *, nested: bool = False, test_labels: bool = Fal
 
 
 MAKERS = {"mm_imdb": mm_imdb, "food101": food101, "hateful_memes": hateful_memes}
+
+
+WIDTHS = {"text": 6, "audio": 4, "vision": 3}
+LENGTHS = {"text": 5, "audio": 7, "vision": 4}
+
+
+def sequences(rng, count: int, modality: str, *, dtype) -> np.ndarray:
+    """(count, T, D): zeros before the words and after the frames, as the published files pad."""
+    shape = (count, LENGTHS[modality], WIDTHS[modality])
+    values = rng.normal(size=shape).astype(dtype)
+    values[:, :2] = 0 if modality == "text" else values[:, :2]
+    values[:, -1] = 0 if modality == "vision" else values[:, -1]
+    return values
+
+
+def sentiment_split(count: int, *, seed: int) -> dict:
+    """MOSI's types: float32 text, float64 audio with -inf, labels (N, 1, 1)."""
+    rng = np.random.default_rng(seed)
+    split = {
+        "text": sequences(rng, count, "text", dtype=np.float32),
+        "audio": sequences(rng, count, "audio", dtype=np.float64),
+        "vision": sequences(rng, count, "vision", dtype=np.float64),
+        "labels": rng.uniform(-3, 3, (count, 1, 1)).astype(np.float32),
+    }
+    split["audio"][0, 3, 1] = -np.inf
+    return split
+
+
+def cmu_mosi(folder: Path) -> Path:
+    """Without ids; one sample without a face (zeros alone)."""
+    content = {
+        name: sentiment_split(count, seed=count)
+        for name, count in (("train", 6), ("valid", 3), ("test", 4))
+    }
+    content["train"]["vision"][2] = 0
+    put(folder / "mosi_data.pkl", pickle.dumps(content))
+    return folder
+
+
+def cmu_mosei(folder: Path) -> Path:
+    """Ids of (video, start, end)."""
+    content = {}
+    for name, count in (("train", 5), ("valid", 2), ("test", 3)):
+        split = sentiment_split(count, seed=10 + count)
+        ids = [[f"{name}vid", f"{n}.5", f"{n + 1}.5"] for n in range(count)]
+        content[name] = split | {"id": np.array(ids)}
+    put(folder / "mosei_senti_data.pkl", pickle.dumps(content, protocol=2))
+    return folder
+
+
+def ch_sims(folder: Path) -> Path:
+    """Labels of one dimension in [-1, 1], lists of ids, and keys that nobody reads here."""
+    content = {}
+    for name, count in (("train", 4), ("valid", 2), ("test", 2)):
+        split = sentiment_split(count, seed=20 + count)
+        del split["labels"]
+        content[name] = split | {
+            "regression_labels": np.linspace(-1, 1, count).round(1),
+            "id": [f"video_{name}$_${n:04d}" for n in range(count)],
+            "raw_text": np.array(["words"] * count, dtype=object),
+            "annotations": ["Neutral"] * count,
+            "audio_lengths": [5] * count,
+        }
+    put(folder / "unaligned_39.pkl", pickle.dumps(content))
+    return folder
+
+
+def iemocap(folder: Path) -> Path:
+    """Ten folds in the publication, two here; one-hot labels and names as (N, 1) bytes."""
+    import h5py
+
+    rng = np.random.default_rng(0)
+    count = {"trn": 5, "val": 2, "tst": 3}
+    for letter, file, modality in (
+        ("L", "bert_large", "text"),
+        ("A", "comparE", "audio"),
+        ("V", "denseface", "vision"),
+    ):
+        put(folder / letter / "x", b"").unlink()
+        with h5py.File(folder / letter / f"{file}.h5", "w") as h5:
+            for split, n in count.items():
+                for index in range(n):
+                    length = LENGTHS[modality] + index
+                    array = rng.normal(size=(length, WIDTHS[modality]))
+                    h5[f"Ses01_{split}_{index}"] = array.astype(np.float32)
+    put(folder / "A" / "comparE_mean_std.h5", b"not read")
+    for fold in ("1", "2"):
+        for split, n in count.items():
+            place = folder / "target" / fold
+            place.mkdir(parents=True, exist_ok=True)
+            np.save(place / f"{split}_label.npy", np.eye(4)[np.arange(n) % 4])
+            names = np.array([[f"Ses01_{split}_{index}".encode()] for index in range(n)])
+            np.save(place / f"{split}_int2name.npy", names)
+    return folder
+
+
+MAKERS |= {"cmu_mosi": cmu_mosi, "cmu_mosei": cmu_mosei, "ch_sims": ch_sims, "iemocap": iemocap}

@@ -132,6 +132,30 @@ class HatefulMemesData(PreparedData):
     expected = "hateful_memes"
 
 
+class CmuMosiData(PreparedData):
+    """CMU-MOSI, prepared."""
+
+    expected = "cmu_mosi"
+
+
+class CmuMoseiData(PreparedData):
+    """CMU-MOSEI, prepared."""
+
+    expected = "cmu_mosei"
+
+
+class ChSimsData(PreparedData):
+    """CH-SIMS, prepared."""
+
+    expected = "ch_sims"
+
+
+class IemocapData(PreparedData):
+    """IEMOCAP, one fold, prepared."""
+
+    expected = "iemocap"
+
+
 def _read_info(folder: Path, make: str) -> dict[str, Any]:
     """The record of a prepared data set."""
     path = folder / INFO
