@@ -6,6 +6,7 @@ those that rebuild numpy arrays are answered here; every other name is refused b
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,9 @@ class _PlainUnpickler(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):
             return _latin1
         if module in _ARRAY_MODULES and name in ("_reconstruct", "scalar"):
-            return getattr(np._core.multiarray, name)
+            return getattr(importlib.import_module("numpy._core.multiarray"), name)
         if module in _BUFFER_MODULES and name == "_frombuffer":
-            return getattr(np._core.numeric, name)  # private, but what pickles name
+            return getattr(importlib.import_module("numpy._core.numeric"), name)
         raise RefusedNameError(f"{module}.{name}")
 
 
