@@ -31,6 +31,7 @@ from mm_moe.moe.parallel_state import (
     is_expert_parameter,
     slice_experts,
 )
+from mm_moe.moe.parallel_stock import StockMoE, check_stock
 
 __all__ = [
     "ExpertParallelDispatcher",
@@ -238,29 +239,45 @@ class ExpertParallelMoE(SpreadMoE, MoE):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def make_expert_parallel(model: nn.Module, *, ep_size: int) -> nn.Module:
+BACKENDS: dict[str, type[ExpertParallelMoE | StockMoE]] = {
+    "ours": ExpertParallelMoE,
+    "deepspeed": StockMoE,
+}
+
+
+def make_expert_parallel(model: nn.Module, *, ep_size: int, backend: str = "ours") -> nn.Module:
     """Replace each `MoELayer` of a model by one that holds this process' experts.
 
     Call it on every rank, after `torch.distributed` is up, on a finished model that is identical on
     all ranks; then hand the model to DeepSpeed. Also at `ep_size` 1, so that the engine treats
     every layout alike and the losses see the tokens of all ranks.
 
+    Args:
+        model: the model, or one sparse layer.
+        ep_size: processes that share one set of experts.
+        backend: "ours", or "deepspeed" for DeepSpeed's own layer (`parallel_stock`).
+
     Returns:
         The same model, changed in place (or the new layer, if the model is one).
 
     Raises:
-        ParallelismError: `ep_size` does not split the experts of a layer or the processes, or the
-            model is expert-parallel already.
+        ParallelismError: `ep_size` does not split the experts of a layer or the processes, the
+            model is expert-parallel already, or the backend is unknown or cannot do what the
+            settings ask for.
     """
     layers = moe_layers(model)
+    if backend not in BACKENDS:
+        raise ParallelismError(f"unknown backend {backend!r}; take one of {', '.join(BACKENDS)}.")
     for name, layer in layers.items():
+        if backend == "deepspeed":
+            check_stock(layer.settings)
         if isinstance(layer, SpreadMoE):
             raise ParallelismError(f"layer {name!r} is expert-parallel already; build a new model.")
         check_layout(
             num_experts=layer.num_experts, ep_size=ep_size, world_size=dist.get_world_size()
         )
     for name, layer in layers.items():
-        replacement = ExpertParallelMoE(layer, ep_size=ep_size)
+        replacement = BACKENDS[backend](layer, ep_size=ep_size)
         if not name:
             return replacement
         parent, _, attribute = name.rpartition(".")

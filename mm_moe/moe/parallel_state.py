@@ -53,11 +53,12 @@ class SpreadMoE(MoELayer):
         rank = dist.get_rank(groups._get_expert_parallel_group(self.expert_group_name))
         return rank * self.num_local_experts
 
-    def logical_names(self) -> dict[str, str]:
+    def logical_names(self) -> dict[str, str | None]:
         """Own name -> logical name, of tensors that are held under another one.
 
         Several own names with one logical name are its experts in order, each as a module of its
-        own holds them: a weight is transposed against the stack's.
+        own holds them: a weight is transposed against the stack's. None is a second name of a
+        tensor that the logical state has already.
         """
         return {}
 
@@ -151,7 +152,9 @@ def logical_tensors(model: nn.Module, held: Mapping[str, Tensor]) -> Iterator[Lo
     owners, renamed = _owners(model), _renamed(model)
     names: dict[str, list[str]] = {}
     for own in held:
-        names.setdefault(renamed.get(own, own), []).append(own)
+        name = renamed.get(own, own)
+        if name is not None:
+            names.setdefault(name, []).append(own)
     for name, own_names in names.items():
         owner = owners.get(own_names[0])
         yield LogicalTensor(
@@ -183,10 +186,10 @@ def _owners(model: nn.Module) -> dict[str, MoELayer]:
     return owners
 
 
-def _renamed(model: nn.Module) -> dict[str, str]:
+def _renamed(model: nn.Module) -> dict[str, str | None]:
     """Own name -> logical name over the whole model."""
     return {
-        _dotted(prefix) + own: _dotted(prefix) + name
+        _dotted(prefix) + own: None if name is None else _dotted(prefix) + name
         for prefix, layer in moe_layers(model).items()
         if isinstance(layer, SpreadMoE)
         for own, name in layer.logical_names().items()
