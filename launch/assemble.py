@@ -169,7 +169,7 @@ def prepare_run(
 ) -> Run:
     """Build the model, spread its experts over `ep_size` processes and make its trainer."""
     model = dense_model(settings, model_config(settings, source, prompt=prompt))
-    make_expert_parallel(model, ep_size=ep_size)
+    make_expert_parallel(model, ep_size=ep_size, backend=settings.moe.moe_backend)
     processors = processors_for(
         model.config, source=settings.model.tokenizer or settings.model.pretrained
     )

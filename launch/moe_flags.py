@@ -17,7 +17,8 @@ from launch.cli import read_recipe
 from mm_moe.arguments import FLAG_OF_SETTING, parse_json
 from mm_moe.errors import ConfigError, ParallelismError
 from mm_moe.models.configuration import MOE_MODES, expert_settings
-from mm_moe.moe.parallel import check_layout, default_ep_size
+from mm_moe.moe.parallel import BACKENDS, check_layout, default_ep_size
+from mm_moe.moe.parallel_stock import check_stock, stock_warning
 from mm_moe.moe.settings import MoESettings
 from mm_moe.registry import nearest
 from mm_moe.training import runtime
@@ -158,3 +159,23 @@ def _check_every_layer(values: argparse.Namespace, *, common: int, world: int) -
                 f"blocks with {world} processes: {fits}."
             )
         check_layout(num_experts=count, ep_size=size, world_size=world)
+
+
+def check_backend(values: argparse.Namespace, *, ep_size: int) -> None:
+    """Refuse an unknown backend and settings that DeepSpeed's layer lacks; warn of what may come.
+
+    Raises:
+        ConfigError: an unknown name.
+        ParallelismError: settings that DeepSpeed's layer does not have.
+    """
+    if values.moe_backend not in BACKENDS:
+        hint = nearest(values.moe_backend, list(BACKENDS))
+        raise ConfigError(f"unknown --moe_backend {values.moe_backend!r}; {hint}")
+    wanted = moe_settings(values)
+    if values.moe_backend != "deepspeed" or wanted is None:
+        return
+    settings = expert_settings(wanted)[0]  # layers differ in the number of experts only
+    check_stock(settings)
+    warning = stock_warning(settings, ep_size=ep_size)
+    if warning and runtime.is_main():
+        logger.warning(warning)

@@ -138,6 +138,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     checks.settle_batch(values, argv)
     values.deepspeed = checks.deepspeed_settings(values)
     ep_size = moe_flags.expert_layout(values)
+    moe_flags.check_backend(values, ep_size=ep_size)
     source = checks.open_source(values)
     resume = checks.resume_point(values)
     checks.check_output(values, resume=resume)

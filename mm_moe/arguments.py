@@ -172,6 +172,10 @@ class MoEArguments:
         default=0,
         metadata={"help": "Processes that share one set of experts; 0: the largest within a node."},
     )
+    moe_backend: str = field(
+        default="ours",
+        metadata={"help": "ours, or deepspeed: its own layer, which can do less (see the limits)."},
+    )
 
 
 @dataclass

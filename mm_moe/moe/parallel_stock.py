@@ -55,7 +55,7 @@ def check_stock(settings: MoESettings) -> None:
     if settings.router != "topk_softmax":
         problems.append(f"router {settings.router!r} (it has topk_softmax)")
     if settings.router_z_coef:
-        problems.append(f"a router z-loss, here {settings.router_z_coef:g} (set it to 0)")
+        problems.append(f"router z-loss, here {settings.router_z_coef:g} (set it to 0)")
     if settings.renormalise and settings.top_k == 1:
         problems.append(
             "weights that sum to 1 at top_k 1 (it multiplies by the raw probability; say so with "
@@ -116,8 +116,12 @@ def refused_counts(
         group = counts_P2[first : first + ep_size]
         tokens = [count for count, _ in group]
         said = f"processes {first} to {first + ep_size - 1} have {_listed(tokens)} tokens"
+        if ep_size == 1:
+            said = f"process {first} has {tokens[0]} tokens"
         if settings.drop_tokens and settings.top_k == 1 and min(tokens) < settings.min_capacity:
-            return f"{said}, and each needs at least min_capacity ({settings.min_capacity})"
+            return (
+                f"{said}, and at top_k 1 each needs at least min_capacity ({settings.min_capacity})"
+            )
         if ep_size == 1:
             continue
         if settings.drop_tokens:

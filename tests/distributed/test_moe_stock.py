@@ -24,8 +24,8 @@ TOKENS = {  # tokens per rank
     "none at all": [0, 0],
 }
 CASES = [(ep, k, tokens, {}) for ep in (1, 2) for k in (2, 3) for tokens in TOKENS]
-CASES += [(ep, 1, "even", {"renormalise": False}) for ep in (1, 2)]
-CASES += [(1, 1, tokens, {"renormalise": False}) for tokens in ("a rank without", "none at all")]
+CASES += [(ep, 1, "even", {}) for ep in (1, 2)]
+CASES += [(1, 1, tokens, {}) for tokens in ("a rank without", "none at all")]
 CASES += [(2, 2, "uneven", {"use_residual": True}), (2, 2, "uneven", {"num_shared_experts": 2})]
 CASES += [(2, 2, "even", {"drop_tokens": True, "capacity_factor": 4.0})]  # room for all
 REFUSED = {  # (ep_size, top_k, tokens, settings): what the message says
@@ -42,10 +42,10 @@ def build(top_k: int, options: dict) -> nn.Module:
     from mm_moe.moe.settings import MoESettings
 
     torch.manual_seed(5)
-    settings = MoESettings(
-        **{"num_experts": 4, "top_k": top_k, "load_balance_coef": 0.0, "router_z_coef": 0.0},
-        **({"renormalise": False} if top_k == 1 else {}) | options,
-    )
+    values = {"num_experts": 4, "top_k": top_k, "load_balance_coef": 0.0, "router_z_coef": 0.0}
+    if top_k == 1:
+        values["renormalise"] = False
+    settings = MoESettings(**(values | options))
     layer = MoELayer(width=WIDTH, hidden=HIDDEN, settings=settings)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -137,3 +137,27 @@ def test_a_batch_that_would_abort_is_refused_on_every_rank():
     for said, part in zip(ranks[0], REFUSED.values(), strict=True):
         assert part in said
         assert "--moe_backend ours" in said
+
+
+def balances(rank, world_size):
+    """The layer's balance loss, and ours of this rank's tokens alone."""
+    from mm_moe.moe.parallel import make_expert_parallel
+
+    found = []
+    for top_k, tokens in ((1, "even"), (3, "uneven"), (2, "a rank without")):
+        whole = build(top_k, {"load_balance_coef": 0.5})[1]
+        stock = make_expert_parallel(copy.deepcopy(whole), ep_size=1, backend="deepspeed")
+        x_TD = torch.randn(TOKENS[tokens][rank], WIDTH, dtype=torch.float64)
+        expected = whole(x_TD)[1].losses["load_balance"]
+        found.append((float(stock(x_TD)[1].losses["load_balance"]), float(expected)))
+    return found
+
+
+def test_the_balance_loss_is_that_of_the_rank_and_zero_without_tokens():
+    ranks = run_distributed(balances, 2)
+    for first, second, _ in ranks:  # at top_k 2 DeepSpeed counts the first choices only
+        assert first[0] == pytest.approx(first[1], rel=1e-5)
+        assert second[0] == pytest.approx(second[1], rel=1e-5)
+    (empty, _), (full, _) = ranks[0][2], ranks[1][2]
+    assert empty == 0.0
+    assert 0.4 < full < 2.0
