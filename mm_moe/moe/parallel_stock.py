@@ -24,7 +24,7 @@ from deepspeed.moe.sharded_moe import _capacity
 from torch import Tensor, nn
 
 from mm_moe.errors import ParallelismError
-from mm_moe.moe.balance import RoutingSums
+from mm_moe.moe.balance import RoutingSums, router_z
 from mm_moe.moe.companion import FeedForward
 from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import MoELayer, RoutingRecord
@@ -36,6 +36,8 @@ _WAY_OUT = "or take --moe_backend ours"
 _ANY_VALUE = {  # settings that the stock layer follows, or that the router does not read
     *("num_experts", "top_k", "load_balance_coef", "drop_tokens", "capacity_factor"),
     *("eval_capacity_factor", "min_capacity", "use_residual", "num_shared_experts", "noise_std"),
+    *("jitter_eps", "slots_per_expert", "num_modalities", "num_interactions"),
+    "global_entropy_threshold",
 }
 _EXPERT_PARTS = {
     "fc1.weight": "w_in",
@@ -268,10 +270,12 @@ class StockMoE(SpreadMoE):
         tokens = sums.tokens.clamp(min=1)
         metrics = {
             "router_entropy": sums.entropy / tokens,
+            "router_z": router_z(sums),
             "dropped": sums.dropped / sums.routed_E.sum().clamp(min=1),
+            "tokens": sums.tokens,
         }
         losses = {"load_balance": self.settings.load_balance_coef * balance}
-        return RoutingRecord(tokens_E=tokens_E, losses=losses, metrics=metrics)
+        return RoutingRecord(tokens_E, losses, metrics, sums.routed_E.round().long())
 
 
 def _sum_over_ranks(totals: Tensor) -> Tensor:

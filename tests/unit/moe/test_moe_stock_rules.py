@@ -17,6 +17,8 @@ def settings_with(**options) -> MoESettings:
         ({"router": "topk_sigmoid"}, ["'topk_sigmoid'", "topk_softmax"]),
         ({"router_z_coef": 0.5}, ["0.5", "set it to 0"]),
         ({"top_k": 1}, ["renormalise", "top_k 1"]),
+        ({"bias_update_rate": 0.001}, ["bias_update_rate 0.001"]),
+        ({"local_entropy_coef": 0.1}, ["local_entropy_coef 0.1"]),
         ({"renormalise": False}, ["top_k 2", "leave renormalise out"]),
         ({"top_k": 1, "router_z_coef": 0.5}, ["0.5", "top_k 1"]),
     ],
