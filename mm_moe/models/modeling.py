@@ -259,6 +259,8 @@ class MultimodalMoEModel(PreTrainedModel):
                 f"{len(present_BM)} samples and needs one type for each, ({len(present_BM)},)."
             )
         combination_B = pattern_index(present_BM)
+        if interaction_B is None and not len(present_BM):
+            interaction_B = combination_B  # no sample lacks its type
         complete_1 = combination_B.new_full((1,), 2 ** len(self.modalities) - 1)
         contexts = {}
         for m, name in enumerate(self.modalities):

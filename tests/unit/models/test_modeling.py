@@ -322,3 +322,24 @@ def test_routers_are_told_modality_combination_and_interaction():
     assert image[1].interaction is None
     with pytest.raises(DataError, match=r"shape \(1,\); the batch has 2 samples"):
         model(**batch_of([BOTH, BOTH]), interaction=torch.tensor([1]))
+
+
+def test_hard_routers_get_their_number_of_groups_from_the_model():
+    experts = {"by_modality": 2, "by_combination": 3, "by_interaction": 4}
+    for router, num_experts in experts.items():
+        model = model_of(moe={"num_experts": num_experts, "router": router})
+        output = model(**batch_of([TEXT_ONLY, BOTH]), interaction=torch.tensor([2, 0]))
+        rows = {name: record.tokens_E.tolist() for name, record in output.routing.items()}
+        assert (
+            rows["text.3"]
+            == {
+                "by_modality": [0, 10],
+                "by_combination": [0, 5, 5],
+                "by_interaction": [5, 0, 5, 0],
+            }[router]
+        )
+        model(**batch_of([]))  # a rank without a sample says nothing of interactions
+    with pytest.raises(DataError, match='key "interaction"'):
+        model(**batch_of([BOTH]))
+    with pytest.raises(ConfigError, match=r"num_experts \(4\).*3 combinations.*num_experts=3"):
+        model_of(moe={"num_experts": 4, "router": "by_combination"})

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import tensor
+from torch.utils.checkpoint import checkpoint
 
 from mm_moe.batch import Batch
 from mm_moe.errors import DataError
@@ -46,6 +47,18 @@ def test_a_forward_pass_alone_moves_nothing():
     layer(torch.randn(9, 2))
     layer.eval()(torch.randn(9, 2))
     assert layer.router.bias_steps.tolist() == [0, 0, 0]
+
+
+def test_recomputed_passes_do_not_count():
+    layer = layer_of()
+    update = BiasUpdate({"image.1": layer})
+    passes = []
+    layer.router.register_forward_hook(lambda *call: passes.append(call))
+    y_TD, record = checkpoint(layer, torch.randn(9, 2, requires_grad=True), use_reentrant=False)
+    update.add({"image.1": record})
+    y_TD.sum().backward()
+    assert len(passes) == 2
+    assert update._load["image.1"].sum() == 9
 
 
 def test_layers_without_a_rate_are_left_alone():
