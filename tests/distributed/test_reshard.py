@@ -25,6 +25,8 @@ SAMPLES, EXPERTS, STEPS, MORE = 8, 8, 3, 3  # SAMPLES over all ranks
 SMALL = {"width": 8, "num_blocks": 2, "num_heads": 2, "hidden": 12, "projection": 8}
 SMALL |= {"vocab_size": 50, "patch_size": 32}
 STEP = f"checkpoint-{STEPS}"
+CLIP = 0.5
+EPS = 1e-5  # far above the noise of a gradient; 1e-8 makes whole steps of it
 MOMENTS = ("exp_avg", "exp_avg_sq", "master")
 
 
@@ -66,22 +68,28 @@ class Run:
         import deepspeed
 
         from mm_moe.moe.parallel import make_expert_parallel
+        from mm_moe.training.clip import clip_without_zero
         from mm_moe.training.optimizer import parameter_groups
 
         share = SAMPLES // world_size
         self.rank, self.world_size, self.ep_size = rank, world_size, ep_size
         self.rows = slice(rank * share, (rank + 1) * share)
-        model = make_expert_parallel(build(seed), ep_size=ep_size)
+        model = make_expert_parallel(self.model(seed), ep_size=ep_size)
         groups = parameter_groups(model, weight_decay=0.05, learning_rate=3e-3)
-        optimizer = torch.optim.AdamW(groups)
+        optimizer = torch.optim.AdamW(groups, eps=EPS)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         config = {
             "train_micro_batch_size_per_gpu": share,
             "zero_optimization": {"stage": stage},
+            "gradient_clipping": CLIP,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        clip_without_zero(self.engine)
+
+    def model(self, seed: int):
+        return build(seed)
 
     def train(self, steps: range) -> list[float]:
         """Mean losses over the ranks."""
@@ -141,6 +149,8 @@ class Run:
         mine = slice(self.rank % self.ep_size * held, (self.rank % self.ep_size + 1) * held)
         for name, parameter in self.engine.module.named_parameters():
             for key in MOMENTS:
+                if not parameter.requires_grad:
+                    continue
                 whole = moments[f"{key}/{name}"]
                 own = self.own(parameter, key)
                 if not torch.equal(own, whole[mine] if ".experts." in name else whole):
