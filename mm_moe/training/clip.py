@@ -2,6 +2,10 @@
 
 DeepSpeed 0.19.8 averages each rank's norm over ranks, so the experts of other ranks count too
 little (it under-clips by 14-23% in our measurement). ZeRO 1 and 2 are right and untouched.
+
+bf16 at stage 0 is refused, not mended: its optimizer leaves the experts out of the norm, adds up
+micro-steps in bf16, and when it is made takes an AdamW step with zero gradients, which decays the
+masters and puts the step count one ahead.
 """
 
 from __future__ import annotations

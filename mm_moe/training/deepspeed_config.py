@@ -84,8 +84,8 @@ def check_deepspeed_config(
         raise ConfigError("--fp16 needs loss scaling that is not checkpointed here; take --bf16.")
     if flags["bf16"] and stage == 0:
         raise ConfigError(
-            "--bf16 at ZeRO stage 0: DeepSpeed leaves the experts out of the clip norm there; "
-            "take ds_configs/zero1.json."
+            "--bf16 at ZeRO stage 0: DeepSpeed leaves the experts out of the clip norm there, and "
+            "its optimizer takes a step before the first one; take ds_configs/zero1.json."
         )
 
 
