@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from mm_moe.errors import DataError
 from mm_moe.training.predict import Predictions
 
 COMPLETE, MIXED = "complete", "mixed"
+MOST_IN_FULL = 4  # modalities; 14 sets of them short of all
 
 Predict = Callable[[MissingProtocol | None, str], Predictions]
 
@@ -46,13 +48,16 @@ class ConditionScore:
 def conditions(
     modalities: Sequence[str], *, dataset: str, split: str, ratio: float, seed: int = 0
 ) -> dict[str, MissingProtocol | None]:
-    """The test conditions in the order of the table.
+    """The test conditions in the order of the table: complete, every set missing, and mixed.
+
+    With more than four modalities only single ones are taken away, not every set.
 
     Args:
         modalities: the model's modalities. With only one there is nothing to take away.
         dataset: the source's name, key of the masks.
         split: the split that is scored, key of the masks.
-        ratio: share of samples that lack something in the mixed condition (kind "both").
+        ratio: share of samples that lack one modality in the mixed condition (kind "both" or
+            "any").
         seed: seed of the masks.
 
     Returns:
@@ -62,10 +67,13 @@ def conditions(
     if len(modalities) < 2:
         return table
     key: dict[str, Any] = {"dataset": dataset, "split": split, "seed": seed}
-    for name in reversed(modalities):
-        table[f"{name} missing"] = MissingProtocol(kind=name, ratio=1.0, **key)
+    sizes = range(1, len(modalities)) if len(modalities) <= MOST_IN_FULL else [1]
+    for lost in (lost for size in sizes for lost in reversed([*combinations(modalities, size)])):
+        kind = "+".join(lost)
+        table[f"{kind} missing"] = MissingProtocol(kind=kind, ratio=1.0, **key)
     if ratio > 0:
-        table[MIXED] = MissingProtocol(kind="both", ratio=ratio, **key)
+        kind = "both" if len(modalities) == 2 else "any"
+        table[MIXED] = MissingProtocol(kind=kind, ratio=ratio, **key)
     return table
 
 

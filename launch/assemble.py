@@ -18,12 +18,13 @@ from mm_moe.data.collate import Collator
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import DataSource
 from mm_moe.data.streaming import SampleStream
+from mm_moe.errors import ConfigError
 from mm_moe.models.building import build_model
 from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.models.modeling import MultimodalMoEModel
 from mm_moe.models.processing import processors_for, save_processors
 from mm_moe.moe.parallel import make_expert_parallel
-from mm_moe.registry import OBJECTIVES
+from mm_moe.registry import BACKBONES, OBJECTIVES
 from mm_moe.training import runtime
 from mm_moe.training.trainer import MultimodalTrainer
 
@@ -51,7 +52,7 @@ def model_config(settings: Settings, source: DataSource, *, prompt: str) -> Mult
     same_prompt = prompt == settings.prompt.prompt
     return MultimodalMoEConfig(
         backbone=settings.model.backbone,
-        backbone_config=parse_json("backbone_config", settings.model.backbone_config),
+        backbone_config=backbone_settings(settings, source),
         modalities=list(source.modalities),
         moe=moe_settings(settings.moe),
         moe_layers=settings.moe.moe_layers_idx,
@@ -64,6 +65,24 @@ def model_config(settings: Settings, source: DataSource, *, prompt: str) -> Mult
         upcycle_drop=settings.moe.upcycle_drop,
         **label_fields(source),
     )
+
+
+def backbone_settings(settings: Settings, source: DataSource) -> dict[str, Any]:
+    """The backbone's own settings, with the widths of feature sequences from the data.
+
+    Raises:
+        ConfigError: sequences for a backbone that takes none.
+    """
+    given = parse_json("backbone_config", settings.model.backbone_config)
+    if not source.sequences:
+        return given
+    if not BACKBONES.resolve(settings.model.backbone).takes_sequences:
+        raise ConfigError(
+            f"data set {source.name!r} holds feature sequences ({', '.join(source.sequences)}), "
+            f"which backbone {settings.model.backbone!r} does not take; take --backbone sequences."
+        )
+    found = {name: dict(about) for name, about in source.sequences.items()}
+    return {"sequences": found, **given}
 
 
 def label_fields(source: DataSource) -> dict[str, Any]:

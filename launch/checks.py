@@ -12,6 +12,7 @@ from typing import Any
 from launch.cli import ROOT
 from mm_moe.arguments import COLUMN_FLAGS, dataset_options, parse_json
 from mm_moe.checkpoint import hub, store
+from mm_moe.data.missing import MissingProtocol, kinds_for
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import CheckpointError, ConfigError, DataError
 from mm_moe.models.configuration import MultimodalMoEConfig
@@ -129,12 +130,7 @@ def open_source(values: argparse.Namespace) -> DataSource:
                 f"split {split!r} of {source.name!r} cannot be trained on or scored: "
                 f"{source.unlabelled[split]}."
             )
-    kinds = ("none", "both", *source.modalities)
-    if values.missing_type not in kinds:
-        raise ConfigError(
-            f"--missing_type {values.missing_type!r} does not fit the data; "
-            f"take one of {', '.join(kinds)}."
-        )
+    check_missing_type(values.missing_type, source)
     if not 0.0 <= values.missing_ratio <= 1.0:
         raise ConfigError(
             f"--missing_ratio {values.missing_ratio} must lie in [0, 1]: the share of samples that "
@@ -143,6 +139,22 @@ def open_source(values: argparse.Namespace) -> DataSource:
     for split in needed:
         _read_labels(source, split)
     return source
+
+
+def check_missing_type(kind: str, source: DataSource) -> None:
+    """Refuse a missing type that does not fit the data's modalities.
+
+    Raises:
+        ConfigError: lists those that do.
+    """
+    protocol = MissingProtocol(dataset=source.name, split="train", kind=kind)
+    try:
+        protocol.check_kind(source.modalities)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--missing_type {kind!r} does not fit the data; take one of "
+            f"{', '.join(kinds_for(source.modalities))}, or several modalities joined by +."
+        ) from error
 
 
 def _read_labels(source: DataSource, split: str) -> None:

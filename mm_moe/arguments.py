@@ -216,7 +216,10 @@ class DataArguments:
     )
     missing_type: str = field(
         default="none",
-        metadata={"help": "none, both, or the modality that goes missing in training."},
+        metadata={
+            "help": "What goes missing in training: none, a modality or several joined by +, both "
+            "(one of two), any (one of several), or subset (any but all)."
+        },
     )
     missing_ratio: float = field(
         default=0.0, metadata={"help": "Share of the samples that lack something."}

@@ -74,6 +74,7 @@ BACKBONES = Registry(
         "clip": "mm_moe.backbones.clip:ClipBackbone",
         "siglip": "mm_moe.backbones.siglip:SiglipBackbone",
         "blip2": "mm_moe.backbones.blip2:Blip2Backbone",
+        "sequences": "mm_moe.backbones.sequences:SequencesBackbone",
         "open_clip": "mm_moe.backbones.openclip:OpenClipBackbone",
     },
 )

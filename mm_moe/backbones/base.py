@@ -11,8 +11,8 @@ H attention heads.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -29,6 +29,23 @@ Payload = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class SequenceNeeds:
+    """What a tower for feature sequences takes in.
+
+    Attributes:
+        width: of one step.
+        length: steps that the tower has positions for.
+        mean: of each channel over the training rows, taken away; None: nothing is.
+        std: likewise, divided by.
+    """
+
+    width: int
+    length: int
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+@dataclass(frozen=True)
 class ProcessorNeeds:
     """What a backbone takes in, for the processors of its modalities; 0 where it has no such input.
 
@@ -40,6 +57,7 @@ class ProcessorNeeds:
         tokenizer: makes the library's tokenizer of a backbone without a folder.
         image_mean: per channel, of values in [0, 1]; None for CLIP's.
         image_std: likewise.
+        sequences: modality -> its needs, where the modality is a sequence of features.
     """
 
     image_size: int = 0
@@ -49,6 +67,7 @@ class ProcessorNeeds:
     tokenizer: Callable[[], Any] | None = None
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
+    sequences: Mapping[str, SequenceNeeds] = field(default_factory=dict)
 
 
 class Edit(Protocol):
@@ -155,6 +174,7 @@ class Backbone(nn.Module):
     """
 
     supported: ClassVar[tuple[str, ...]] = ()
+    takes_sequences: ClassVar[bool] = False  # whether modalities are feature sequences
     settings: dict[str, Any]
     towers: nn.ModuleDict
 

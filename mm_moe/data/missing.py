@@ -13,6 +13,7 @@ lack something at 50% still lack the same thing at 70%.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,11 +36,15 @@ class MissingProtocol:
     Attributes:
         dataset: the source's name.
         split: the source's split; train and test are drawn independently.
-        kind: "none", "both" (any one modality) or the name of the modality that is taken.
+        kind: what a sample that lacks something lacks:
+            "none": nothing;
+            a modality, or several joined by + ("audio+vision"): these;
+            "any": any one modality, drawn uniformly;
+            "both": the same for two modalities, whose shares `both_ratio` sets;
+            "subset": any set of modalities short of all, drawn uniformly (MPLMM's modes 0 to 5).
         ratio: share of samples that lack something.
-        both_ratio: for kind "both" and two modalities: share of those samples that lack the
-            alphabetically first one (the image of image and text); with more modalities the missing
-            one is drawn uniformly.
+        both_ratio: for kind "both": share of those samples that lack the alphabetically first
+            modality (the image of image and text).
         seed: another seed, another table.
     """
 
@@ -62,8 +67,13 @@ class MissingProtocol:
         Raises:
             ConfigError: unknown kind, or a lone modality that would be taken.
         """
-        kinds = ["none", "both", *modalities]
-        if self.kind not in kinds:
+        if self.kind == "both" and len(modalities) > 2:
+            raise ConfigError(
+                f"missing kind 'both' is for two modalities, and {self.dataset!r} has "
+                f"{len(modalities)}; take any (one of them is missing) or subset."
+            )
+        if self.kind != "none" and not _sets_of(self.kind, modalities):
+            kinds = kinds_for(modalities)
             raise ConfigError(f"unknown missing kind {self.kind!r}; {nearest(self.kind, kinds)}")
         if self.kind != "none" and self.ratio > 0 and len(modalities) < 2:
             raise ConfigError(
@@ -73,7 +83,7 @@ class MissingProtocol:
             )
 
     def present(self, ids: Sequence[str], modalities: Sequence[str]) -> Tensor:
-        """What the protocol leaves of complete samples: bool (B, M), at most one False a row.
+        """What the protocol leaves of complete samples: bool (B, M), never a row of False alone.
 
         Raises:
             ConfigError: the kind does not fit the modalities.
@@ -83,25 +93,21 @@ class MissingProtocol:
         if self.kind == "none" or self.ratio == 0:
             return present_BM
         for row, sample_id in enumerate(ids):
-            lost = self._lost(sample_id, modalities)
-            if lost is not None:
-                present_BM[row, modalities.index(lost)] = False
+            for name in self._lost(sample_id, modalities):
+                present_BM[row, modalities.index(name)] = False
         return present_BM
 
-    def _lost(self, sample_id: str, modalities: Sequence[str]) -> str | None:
-        """The modality taken from one sample, or None."""
+    def _lost(self, sample_id: str, modalities: Sequence[str]) -> tuple[str, ...]:
+        """The modalities taken from one sample."""
         whether, which = draws(
             sample_id, purpose="missing", dataset=self.dataset, split=self.split, seed=self.seed
         )
         if whether >= self.ratio:
-            return None
-        if self.kind != "both":
-            return self.kind
-        # Sorted, so that the model's order of modalities does not change the table.
-        names = sorted(modalities)
-        if len(names) == 2:
-            return names[0] if which < self.both_ratio else names[1]
-        return names[int(which * len(names))]
+            return ()
+        sets = _sets_of(self.kind, modalities)
+        if self.kind == "both":
+            return sets[0] if which < self.both_ratio else sets[1]
+        return sets[int(which * len(sets))]
 
     def describe(self, modalities: Sequence[str] = ("image", "text")) -> str:
         """In words: "70% = 70% of samples lack something: 35% no text, 35% no image"."""
@@ -116,16 +122,38 @@ class MissingProtocol:
     def _shares(self, modalities: Sequence[str]) -> dict[str, float]:
         """Expected percentage of samples that lack each modality, in sorted order."""
         names, total = sorted(modalities), 100 * self.ratio
-        if self.kind != "both":
-            return {name: total * (name == self.kind) for name in names}
-        if len(names) == 2:
+        if self.kind == "both":
             first = total * self.both_ratio
             return {names[0]: first, names[1]: total - first}
-        return dict.fromkeys(names, total / len(names))
+        sets = _sets_of(self.kind, modalities)
+        return {name: total * sum(name in lost for lost in sets) / len(sets) for name in names}
 
     def table_hash(self, ids: Sequence[str], modalities: Sequence[str]) -> str:
         """sha256 of the table over these ids, whatever their order."""
         return hash_table(ids, pattern_index(self.present(ids, modalities)), modalities)
+
+
+def kinds_for(modalities: Sequence[str]) -> list[str]:
+    """The missing kinds that fit some modalities, without those of several joined ones."""
+    mixed = ["both"] if len(modalities) == 2 else []
+    return ["none", *mixed, *modalities, "any", "subset"]
+
+
+def _sets_of(kind: str, modalities: Sequence[str]) -> list[tuple[str, ...]]:
+    """The sets of modalities that a kind may take, in an order that depends on names only.
+
+    Sorted, so that the model's order of modalities does not change the table. Empty if the kind
+    does not fit.
+    """
+    names = sorted(modalities)
+    if kind in ("any", "both"):
+        return [(name,) for name in names]
+    if kind == "subset":
+        sizes = range(1, max(len(names), 2))
+        return [lost for size in sizes for lost in itertools.combinations(names, size)]
+    lost = tuple(kind.split("+"))
+    known = set(lost) <= set(names) and len(set(lost)) == len(lost)
+    return [lost] if known and (len(lost) < len(names) or len(names) == 1) else []
 
 
 def hash_table(ids: Sequence[str], patterns: Tensor, modalities: Sequence[str]) -> str:

@@ -47,6 +47,8 @@ class DataSource(ABC):
         license: who may do what with the data, for the model card.
         task: the family of scores, one of `TASKS`; None: that of the problem type.
         unlabelled: split -> why it cannot be scored.
+        sequences: modality -> {"width", "length", "mean", "std"} where the payload is a sequence of
+            features (an array (T, width), or its float32 bytes).
     """
 
     name: str
@@ -56,6 +58,7 @@ class DataSource(ABC):
     license: str
     task: str | None = None
     unlabelled: Mapping[str, str] = MappingProxyType({})
+    sequences: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, data_dir: str | None = None) -> None:
         self.data_dir = None if data_dir is None else Path(data_dir).expanduser()

@@ -27,6 +27,7 @@ from mm_moe.backbones.clip_small import SMALL_CLIP_FOLDER
 from mm_moe.batch import IMAGE, TEXT
 from mm_moe.errors import ConfigError
 from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.models.sequence_processing import SequenceProcessor
 from mm_moe.registry import BACKBONES
 
 Processor = Callable[[list[Any]], dict[str, Tensor]]
@@ -118,7 +119,12 @@ def processors_for(
         IMAGE: _image_processor,
         TEXT: _text_processor,
     }
-    return {name: makers[name](places, needs) for name in config.modalities}
+    return {
+        name: SequenceProcessor(needs.sequences[name])
+        if name in needs.sequences
+        else makers[name](places, needs)
+        for name in config.modalities
+    }
 
 
 def save_processors(processors: dict[str, Processor], folder: Path) -> None:

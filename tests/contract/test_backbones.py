@@ -33,6 +33,18 @@ TINY = {  # small settings, so that the test is quick
         "num_query_tokens": 3,
         "image_text_hidden_size": 8,
     },
+    "sequences": {
+        "width": 16,
+        "num_blocks": 2,
+        "num_heads": 2,
+        "hidden": 24,
+        "projection": 8,
+        "sequences": {
+            "text": {"width": 6, "length": 5},
+            "audio": {"width": 4, "length": 7},
+            "vision": {"width": 3, "length": 4},
+        },
+    },
     "open_clip": {
         "model_cfg": {
             "embed_dim": 8,
@@ -147,5 +159,10 @@ def test_an_unknown_modality_is_named(backbone):
 
 def test_processor_needs_follow_the_settings(backbone):
     needs = type(backbone).processor_needs(backbone.settings)
+    if backbone.takes_sequences:
+        assert set(needs.sequences) == set(backbone.towers)
+        for name, tower in backbone.towers.items():
+            assert needs.sequences[name].width == tower.raw_width
+        return
     assert needs.image_size == backbone.towers["image"].image_size
     assert needs.vocab_size == backbone.towers["text"].token_embedding.num_embeddings

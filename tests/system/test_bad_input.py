@@ -239,6 +239,19 @@ def test_a_split_without_labels_is_not_scored(here):
     assert "test_seen.jsonl" in said
 
 
+def test_feature_sequences_and_their_backbone_need_each_other(here):
+    raw = raw_layouts.cmu_mosi(here / "raw")
+    prepare_data.main(["cmu_mosi", "--source", str(raw), "--output", "mosi"])
+    argv = ("--dataset", "cmu_mosi", "--data_dir", "mosi", "--pretrained", "none")
+    said = refused(ConfigError, *argv, "--missing_type", "any")
+    assert "feature sequences (text, audio, vision)" in said
+    assert "--backbone sequences" in said
+    said = refused(ConfigError, *argv, "--missing_type", "both")
+    assert "take one of none, text, audio, vision, any, subset" in said
+    argv = ("--backbone", "sequences", "--backbone_config", "{}", "--pretrained", "none")
+    assert "needs the widths of the data" in refused(ConfigError, *argv)
+
+
 # ---- processes and experts -------------------------------------------------------------------
 
 

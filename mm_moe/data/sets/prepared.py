@@ -56,6 +56,11 @@ class PreparedData(DataSource):
         self.task = self.info["task"]
         self.license = self.info["license"]
         self.unlabelled = dict(self.info["unlabelled"])
+        self.sequences = {
+            name: {key: about[key] for key in ("width", "length", "mean", "std")}
+            for name, about in self.info["modalities"].items()
+            if about["kind"] == "sequence"
+        }
         self._check_files(self.data_dir)
 
     def _check_files(self, folder: Path) -> None:

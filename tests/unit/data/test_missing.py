@@ -34,7 +34,7 @@ def test_both_ratio_is_the_share_that_lacks_the_image():
 
 
 def test_three_modalities_share_the_loss():
-    shares = share_absent(protocol(kind="both", ratio=0.9), ("audio", "image", "text"))
+    shares = share_absent(protocol(kind="any", ratio=0.9), ("audio", "image", "text"))
     assert shares == pytest.approx([0.3, 0.3, 0.3], abs=0.032)
 
 
@@ -84,7 +84,7 @@ def test_describe_says_both_readings():
         == "50% = 50% of samples lack something: 50% no text, 0% no image"
     )
     assert (
-        protocol(kind="both", ratio=0.6).describe(("audio", "image", "text"))
+        protocol(kind="any", ratio=0.6).describe(("audio", "image", "text"))
         == "60% = 60% of samples lack something: 20% no text, 20% no image, 20% no audio"
     )
     assert protocol().describe() == "0% = every sample keeps all that it has"
@@ -97,3 +97,44 @@ def test_wrong_settings_say_what_is_allowed():
         protocol(kind="txt", ratio=0.5).present(IDS, TWO)
     with pytest.raises(ConfigError, match="at least two modalities"):
         protocol(kind="text", ratio=0.5).present(IDS, ("text",))
+
+
+THREE = ("text", "audio", "vision")
+
+
+def test_any_of_two_is_both():
+    both, either = (protocol(kind=kind, ratio=0.7) for kind in ("both", "any"))
+    assert both.table_hash(IDS, TWO) == either.table_hash(IDS, TWO)
+    with pytest.raises(ConfigError, match=r"'both' is for two modalities, and 'd' has 3; take any"):
+        protocol(kind="both", ratio=0.5).present(IDS, THREE)
+
+
+def test_several_modalities_go_together():
+    setting = protocol(kind="audio+vision", ratio=0.4)
+    present = setting.present(IDS, THREE)
+    assert torch.equal(present[:, 1], present[:, 2])
+    assert present[:, 0].all()
+    assert share_absent(setting, THREE) == pytest.approx([0, 0.4, 0.4], abs=0.032)
+    words = "40% = 40% of samples lack something: 40% no vision, 0% no text, 40% no audio"
+    assert setting.describe(THREE) == words
+    for kind in ("audio+text+vision", "audio+audio", "audio+smell", "+"):
+        with pytest.raises(ConfigError, match="unknown missing kind"):
+            protocol(kind=kind, ratio=0.4).present(IDS, THREE)
+
+
+def test_subset_draws_every_pattern_but_the_two_ends():
+    setting = protocol(kind="subset", ratio=0.6)
+    patterns = [tuple(row) for row in setting.present(IDS, THREE).tolist()]
+    shares = {pattern: patterns.count(pattern) / len(IDS) for pattern in set(patterns)}
+    assert shares.pop((True, True, True)) == pytest.approx(0.4, abs=0.032)
+    assert len(shares) == 6
+    assert list(shares.values()) == pytest.approx([0.1] * 6, abs=0.02)
+    # each modality is in one set of one and two sets of two of six: half of 60%
+    assert "30% no vision, 30% no text, 30% no audio" in setting.describe(THREE)
+
+
+def test_nested_for_three_too():
+    for kind in ("any", "subset"):
+        half = ~protocol(kind=kind, ratio=0.5).present(IDS, THREE)
+        more = ~protocol(kind=kind, ratio=0.7).present(IDS, THREE)
+        assert (half & ~more).sum() == 0

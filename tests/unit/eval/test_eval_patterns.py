@@ -40,11 +40,15 @@ def test_conditions_take_each_modality_wholly_and_then_mix():
     table = conditions(("image", "text", "audio"), dataset="toy", split="test", ratio=0.7)
     assert list(table) == [
         *("complete", "audio missing", "text missing", "image missing"),
+        *("text+audio missing", "image+audio missing", "image+text missing"),
         "mixed",
     ]
     assert table["complete"] is None
     assert (table["text missing"].kind, table["text missing"].ratio) == ("text", 1.0)
-    assert (table["mixed"].kind, table["mixed"].ratio) == ("both", 0.7)
+    assert (table["mixed"].kind, table["mixed"].ratio) == ("any", 0.7)
+    two = conditions(("image", "text"), dataset="toy", split="test", ratio=0.7)
+    assert list(two) == ["complete", "text missing", "image missing", "mixed"]
+    assert two["mixed"].kind == "both"
 
 
 def test_one_modality_has_nothing_to_lose():
