@@ -212,7 +212,11 @@ class SequencesBackbone(Backbone):
         modalities: which of `settings["sequences"]` to build, and their order.
     """
 
-    supported = ("text", "audio", "vision")  # the usual names; any name in `sequences` will do
+    supported: ClassVar[tuple[str, ...]] = (
+        "text",
+        "audio",
+        "vision",
+    )  # the usual names; any name in `sequences` will do
     takes_sequences: ClassVar[bool] = True
 
     def __init__(self, settings: dict[str, Any], *, modalities: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Three feature sequences, raw pickle to scores: one curve on 1 and 2 processes, one more program."""
+"""Three feature sequences, from the raw pickle to scores: one curve on 1 and 2 processes."""
 
 from __future__ import annotations
 
