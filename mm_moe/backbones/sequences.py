@@ -212,11 +212,8 @@ class SequencesBackbone(Backbone):
         modalities: which of `settings["sequences"]` to build, and their order.
     """
 
-    supported: ClassVar[tuple[str, ...]] = (
-        "text",
-        "audio",
-        "vision",
-    )  # the usual names; any name in `sequences` will do
+    # The usual names; any name in `sequences` will do.
+    supported: ClassVar[tuple[str, ...]] = ("text", "audio", "vision")
     takes_sequences: ClassVar[bool] = True
 
     def __init__(self, settings: dict[str, Any], *, modalities: tuple[str, ...]) -> None:
