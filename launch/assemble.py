@@ -13,7 +13,7 @@ from transformers import TrainerCallback, set_seed
 
 from launch.cli import Settings
 from launch.scoring import Scorer, train_prior
-from mm_moe.arguments import FLAG_OF_SETTING, parse_json
+from mm_moe.arguments import FLAG_OF_SETTING, ModelArguments, parse_json
 from mm_moe.data.collate import Collator
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import DataSource
@@ -61,6 +61,7 @@ def model_config(settings: Settings, source: DataSource, *, prompt: str) -> Mult
         prompt_config=parse_json("prompt_config", settings.prompt.prompt_config)
         if same_prompt
         else {},
+        lora=lora_fields(settings.model),
         upcycle_noise=settings.moe.upcycle_noise,
         upcycle_drop=settings.moe.upcycle_drop,
         **label_fields(source),
@@ -98,13 +99,41 @@ def dense_model(settings: Settings, config: MultimodalMoEConfig) -> MultimodalMo
     """A single-process model with all experts, the same on every rank."""
     set_seed(settings.training.seed)
     model = build_model(config, pretrained=settings.model.pretrained)
-    locked = [
-        name
-        for name, lock in (("image", settings.model.lock_image), ("text", settings.model.lock_text))
-        if lock
-    ]
-    model.freeze(lock=tuple(locked))
+    model.freeze(
+        lock=locked_towers(settings.model, model.modalities),
+        unlock_blocks=settings.model.unlock_blocks,
+    )
     return model
+
+
+def lora_fields(model: ModelArguments) -> dict[str, Any] | None:
+    """The adapters that the flags ask for."""
+    if model.lora_r == 0:
+        return None
+    return {
+        "r": model.lora_r,
+        "alpha": model.lora_alpha,
+        "dropout": model.lora_dropout,
+        "target": model.lora_target,
+    }
+
+
+def locked_towers(model: ModelArguments, modalities: tuple[str, ...]) -> tuple[str, ...]:
+    """The towers whose dense weights are frozen: with LoRA all of them.
+
+    Raises:
+        ConfigError: blocks to unlock and no locked tower.
+    """
+    if model.lora_r:
+        return modalities
+    flags = (("image", model.lock_image), ("text", model.lock_text))
+    locked = tuple(name for name, lock in flags if lock)
+    if model.unlock_blocks and not locked:
+        raise ConfigError(
+            f"--unlock_blocks {model.unlock_blocks} unlocks blocks of locked towers, and none is "
+            "locked; add --lock_image true or --lock_text true, or leave it out."
+        )
+    return locked
 
 
 @dataclass

@@ -100,6 +100,25 @@ class ModelArguments:
     lock_text: bool = field(
         default=False, metadata={"help": "Freeze the dense weights of the text tower."}
     )
+    unlock_blocks: int = field(
+        default=0, metadata={"help": "Last blocks of each locked tower that train all the same."}
+    )
+    lora_r: int = field(
+        default=0,
+        metadata={"help": "Rank of LoRA adapters; locks both towers' dense weights. 0: none."},
+    )
+    lora_alpha: float = field(
+        default=16.0, metadata={"help": "LoRA updates are scaled by lora_alpha / lora_r."}
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout of the adapters' input in training."}
+    )
+    lora_target: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of linear layers that get adapters (default: attention projections)."
+        },
+    )
 
 
 @dataclass

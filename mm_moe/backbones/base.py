@@ -133,6 +133,14 @@ class Tower(nn.Module, ABC):
         finite but mean nothing.
         """
 
+    def prepare_adapters(self) -> None:
+        """Give every attention projection a linear layer of its own, with the same numbers."""
+        return
+
+    def undo_adapters(self) -> None:
+        """Take `prepare_adapters` back, once no adapter is left."""
+        return
+
     def memory(self, payload: Payload) -> Tensor | None:
         """What the blocks attend to besides their tokens (N, S, width of its own), if anything."""
         return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mm_moe.backbones.attention import attend
 from mm_moe.backbones.base import Payload, Tower, run_feed_forward
+from mm_moe.backbones.block import Attention
 from mm_moe.backbones.inputs import check_length, check_pixels
 from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import RoutingRecord
@@ -50,7 +51,9 @@ class OpenClipTower(Tower):
         """One pre-norm block; see `ClipTower.block` for why attention needs no padding mask."""
         block: Any = self.blocks[index]
         y_NLD = block.ln_1(x_NLD)
-        if keys_values is None:
+        if isinstance(block.attn, Attention):
+            y_NLD = block.attn(y_NLD, extra=keys_values, causal=self.causal)
+        elif keys_values is None:
             order = causal_mask(x_NLD) if self.causal else None
             y_NLD = block.attention(y_NLD, attn_mask=order)
         else:
@@ -68,6 +71,16 @@ class OpenClipTower(Tower):
             query, key, value, extra=extra, num_heads=attention.num_heads, causal=self.causal
         )
         return attention.out_proj(out_NLD)
+
+    def prepare_adapters(self) -> None:
+        """Part torch's attention modules, whose weights are read past any adapter."""
+        for block in self.blocks:
+            block.attn = split_attention(block.attn)  # type: ignore[arg-type]
+
+    def undo_adapters(self) -> None:
+        """Join them again."""
+        for block in self.blocks:
+            block.attn = join_attention(block.attn)  # type: ignore[arg-type]
 
     def feed_forwards(self) -> list[tuple[nn.Module, str]]:
         """`mlp` of every block."""
@@ -154,6 +167,36 @@ class OpenClipTextTower(OpenClipTower):
         """A row of one token."""
         ids_NL = torch.ones(1, 1, dtype=torch.long, device=self.token_embedding.weight.device)
         return {"input_ids": ids_NL, "attention_mask": torch.ones_like(ids_NL)}
+
+
+def split_attention(joint: nn.MultiheadAttention) -> Attention:
+    """The same attention with four linear layers; on the meta device, the same shapes."""
+    weights = joint.in_proj_weight.detach().chunk(3)
+    biases = joint.in_proj_bias.detach().chunk(3)
+    parts = []
+    for weight, bias in zip(weights, biases, strict=True):
+        linear = nn.Linear(joint.embed_dim, joint.embed_dim, device=weight.device)
+        if not weight.is_meta:
+            linear.weight.data, linear.bias.data = weight.clone(), bias.clone()
+        parts.append(linear)
+    out = nn.Linear(joint.embed_dim, joint.embed_dim, device=weights[0].device)
+    out.weight, out.bias = joint.out_proj.weight, joint.out_proj.bias
+    query, key, value = parts
+    split = Attention(
+        query=query, key=key, value=value, out=out, num_heads=joint.num_heads, dropout=0.0
+    )
+    return split.train(joint.training)
+
+
+def join_attention(split: Attention) -> nn.MultiheadAttention:
+    """The same attention as torch's module."""
+    width = split.out.in_features
+    joint = nn.MultiheadAttention(width, split.num_heads, batch_first=True)  # as open_clip does
+    parts = (split.query, split.key, split.value)
+    joint.in_proj_weight.data = torch.cat([part.weight.detach() for part in parts])
+    joint.in_proj_bias.data = torch.cat([part.bias.detach() for part in parts])
+    joint.out_proj.weight, joint.out_proj.bias = split.out.weight, split.out.bias
+    return joint.train(split.training)
 
 
 def causal_mask(x_NLD: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def build_model(
         config: what to build.
         pretrained: None for random weights, or what the backbone can load: "builtin" (weights that
             come with the package), a file, a folder, a Hub name. A folder of a model of this
-            library gives its backbone, with its experts if it has any.
+            library gives its backbone, with its experts if it has any, and adapters merged.
 
     Raises:
         ConfigError: settings that cannot work.
@@ -58,6 +58,7 @@ def _is_own(pretrained: str) -> bool:
 def _take_over(config: MultimodalMoEConfig, pretrained: str) -> MultimodalMoEModel:
     """A new model of `config` on the backbone of an existing one."""
     source = MultimodalMoEModel.from_pretrained(pretrained)
+    source.merge_lora()
     theirs = source.config
     if theirs.backbone != config.backbone or list(theirs.modalities) != list(config.modalities):
         raise ConfigError(
@@ -73,6 +74,7 @@ def _take_over(config: MultimodalMoEConfig, pretrained: str) -> MultimodalMoEMod
     config.backbone_config = theirs.backbone_config
     if theirs.moe is None:
         return MultimodalMoEModel(config, backbone=source.backbone)
+    lora, config.lora = config.lora, None  # adapters rename what they stand beside
     model = MultimodalMoEModel(config)
     ours, weights = model.backbone.state_dict(), source.backbone.state_dict()
     for name in {**ours, **weights}:
@@ -83,7 +85,10 @@ def _take_over(config: MultimodalMoEConfig, pretrained: str) -> MultimodalMoEMod
                 f"{_places(config)}): {name!r} differs. Ask for the same ones."
             )
     model.backbone.load_state_dict(weights)
-    return model
+    if lora is None:
+        return model
+    config.lora = lora
+    return MultimodalMoEModel(config, backbone=model.backbone)
 
 
 def _places(config: MultimodalMoEConfig) -> str:

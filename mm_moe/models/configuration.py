@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from mm_moe.batch import IMAGE, TEXT
 from mm_moe.errors import ConfigError
+from mm_moe.models.adapters import LoraSettings
 from mm_moe.moe.settings import MoESettings
 from mm_moe.registry import BACKBONES, PROMPTS, nearest
 
@@ -54,6 +55,7 @@ class MultimodalMoEConfig(PreTrainedConfig):
         moe_every: N of the mode "sparse": blocks N - 1, 2N - 1, ...
         upcycle_noise: noise on each expert's copy of the dense weights, relative to their spread.
         upcycle_drop: share of the hidden units that each expert draws anew.
+        lora: fields of `LoraSettings`, or None for no adapters.
         prompt: name in the registry of prompts, or `pkg.mod:Class`.
         prompt_config: the prompt's options.
         label_names: names of the classes; sets `num_labels`, `id2label` and `label2id`.
@@ -76,6 +78,7 @@ class MultimodalMoEConfig(PreTrainedConfig):
     moe_every: int = 2
     upcycle_noise: float = 0.0
     upcycle_drop: float = 0.0
+    lora: dict[str, Any] | None = None
     prompt: str = "none"
     prompt_config: dict[str, Any] = field(default_factory=dict)
     label_names: list[str] | tuple[str, ...] | None = None
@@ -91,6 +94,8 @@ class MultimodalMoEConfig(PreTrainedConfig):
         BACKBONES.check(self.backbone)
         PROMPTS.check(self.prompt)
         self._check_sparse()
+        if self.lora is not None:
+            self.lora = LoraSettings.from_dict(self.lora).asdict()
         self.modalities = list(self.modalities)
         if self.label_names is not None:
             self.label_names = list(self.label_names)

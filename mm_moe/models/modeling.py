@@ -19,10 +19,12 @@ from transformers.utils import ModelOutput
 from mm_moe.backbones.base import Backbone, Payload, Tower, check_options
 from mm_moe.batch import pattern_index
 from mm_moe.errors import CheckpointError, ConfigError, DataError
+from mm_moe.models.adapters import LoraSettings, add_lora, merge_lora
 from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.models.shapes import shape_difference
+from mm_moe.models.trainable import freeze_tower, trainable_counts
 from mm_moe.moe.context import TokenContext
-from mm_moe.moe.layer import MoELayer, RoutingRecord, moe_layers
+from mm_moe.moe.layer import MoELayer, RoutingRecord
 from mm_moe.moe.upcycle import upcycle
 from mm_moe.registry import BACKBONES, PROMPTS
 from prompts.base import Prompt
@@ -79,6 +81,8 @@ class MultimodalMoEModel(PreTrainedModel):
         self.modalities = modalities
         self.backbone = backbone
         self._make_sparse()
+        if config.lora is not None:
+            add_lora(backbone, LoraSettings.from_dict(config.lora))
         self.prompt = self._new_prompt()
         width = backbone.out_width * len(modalities)
         self.head = nn.Linear(width, config.num_labels) if config.num_labels else None
@@ -296,45 +300,45 @@ class MultimodalMoEModel(PreTrainedModel):
                 losses[name] = losses.get(name, 0.0) + loss / len(routing)
         return losses | self.prompt.losses()
 
-    def freeze(self, lock: Iterable[str] = ("image", "text"), *, experts: bool = False) -> None:
+    def freeze(
+        self,
+        lock: Iterable[str] = ("image", "text"),
+        *,
+        experts: bool = False,
+        unlock_blocks: int = 0,
+    ) -> None:
         """Stop the training of towers' dense weights.
 
-        Routers, prompts and the head are never frozen.
+        Routers, adapters, prompts, projections to a common width and the head are never frozen.
 
         Args:
             lock: modalities whose towers are frozen.
             experts: freeze the experts in these towers too.
+            unlock_blocks: the last so many blocks of these towers train all the same.
 
         Raises:
-            ConfigError: a modality that the model does not have.
+            ConfigError: a modality that the model does not have, or more blocks than a tower has.
         """
         for name in lock:
             if name not in self.modalities:
                 raise ConfigError(
                     f"cannot lock {name!r}; the model has {', '.join(self.modalities)}."
                 )
-            tower = self.backbone.towers[name]
-            sparse = moe_layers(tower).values()
-            kept = {id(p) for layer in sparse for p in layer.parameters()}
-            if experts:
-                kept -= {id(p) for layer in sparse for p in layer.experts.parameters()}
-            for parameter in tower.parameters():
-                if id(parameter) not in kept:
-                    parameter.requires_grad_(False)
+            tower: Tower = self.backbone.towers[name]  # type: ignore[assignment]
+            freeze_tower(tower, experts=experts, unlock_blocks=unlock_blocks)
+
+    def merge_lora(self) -> None:
+        """Turn a model with adapters into the plain model that computes the same.
+
+        For one process: call it before experts are spread, or on a model that was loaded.
+        """
+        if self.config.lora is not None:
+            merge_lora(self.backbone)
+            self.config.lora = None
 
     def trainable_report(self) -> list[tuple[str, int]]:
         """(group, number of trainable values) for each group of parameters, 0 where frozen."""
-        groups: dict[str, int] = {}
-        seen: dict[int, str] = {}
-        for name, tower in self._towers():
-            for layer in moe_layers(tower).values():
-                seen |= {id(p): f"{name} routers" for p in layer.parameters()}
-                seen |= {id(p): f"{name} experts" for p in layer.experts.parameters()}
-        for path, parameter in self.named_parameters():
-            group = seen.get(id(parameter)) or _group(path)
-            groups.setdefault(group, 0)
-            groups[group] += parameter.numel() * parameter.requires_grad
-        return list(groups.items())
+        return trainable_counts(self, self._towers())
 
     @torch.no_grad()
     def initialise_prompt(self, batches: Iterable[Mapping[str, Any]]) -> None:
@@ -349,9 +353,3 @@ class MultimodalMoEModel(PreTrainedModel):
                 x_NLD, mask_NL = self.backbone.towers[name].embed(payload)  # type: ignore[operator]
                 tokens[name].append(x_NLD.flatten(0, 1) if mask_NL is None else x_NLD[mask_NL])
         self.prompt.initialise({name: torch.cat(x) for name, x in tokens.items() if x})
-
-
-def _group(path: str) -> str:
-    """Group of a parameter outside the sparse layers: "image tower", "prompt", "head", ..."""
-    first, *rest = path.split(".")
-    return f"{rest[1]} tower" if first == "backbone" else first
