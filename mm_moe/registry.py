@@ -75,6 +75,9 @@ BACKBONES = Registry(
         "siglip": "mm_moe.backbones.siglip:SiglipBackbone",
         "blip2": "mm_moe.backbones.blip2:Blip2Backbone",
         "sequences": "mm_moe.backbones.sequences:SequencesBackbone",
+        "text_encoder": "mm_moe.backbones.text_encoder:TextEncoderBackbone",
+        "timm": "mm_moe.backbones.timm_image:TimmBackbone",
+        "dual": "mm_moe.backbones.dual:DualBackbone",
         "open_clip": "mm_moe.backbones.openclip:OpenClipBackbone",
     },
 )

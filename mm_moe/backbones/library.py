@@ -28,15 +28,28 @@ def library_config(config_class: Any, settings: dict[str, Any]) -> Any:
         ) from error
 
 
-def read_library_model(model_class: Any, pretrained: str, *, kind: str) -> Any:
+def read_library_model(
+    model_class: Any, pretrained: str, *, kind: str, add_pooling_layer: bool | None = None
+) -> Any:
     """A model in float32 from a folder or the Hub, without any code from there.
+
+    Args:
+        model_class: the library's class.
+        pretrained: a folder or a Hub name.
+        kind: what it is, for messages.
+        add_pooling_layer: for classes that have such an option.
 
     Raises:
         CheckpointError: nothing readable under that name, or a checkpoint that lacks weights.
     """
+    options = {} if add_pooling_layer is None else {"add_pooling_layer": add_pooling_layer}
     try:
         model, info = model_class.from_pretrained(
-            pretrained, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            pretrained,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(

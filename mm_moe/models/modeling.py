@@ -113,6 +113,12 @@ class MultimodalMoEModel(PreTrainedModel):
     def _new_prompt(self) -> Prompt:
         prompt_class = PROMPTS.resolve(self.config.prompt)
         options = dict(self.config.prompt_config)
+        for name, tower in self._towers():
+            if self.config.prompt != "none" and not tower.num_blocks:
+                raise ConfigError(
+                    f"the {name} tower has no blocks that a prompt could act in; take prompt "
+                    "'none', or a tower with blocks (timm: new_blocks)."
+                )
         parameters = inspect.signature(prompt_class).parameters.values()
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             own = {"widths", "num_blocks", "modalities"}

@@ -45,6 +45,12 @@ TINY = {  # small settings, so that the test is quick
             "vision": {"width": 3, "length": 4},
         },
     },
+    "text_encoder": TOWER | {"vocab_size": 40, "max_position_embeddings": 9},
+    "timm": {
+        "model": "vit_tiny_patch16_224",
+        "image_size": 16,
+        "model_args": {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8},
+    },
     "open_clip": {
         "model_cfg": {
             "embed_dim": 8,
@@ -64,6 +70,11 @@ TINY = {  # small settings, so that the test is quick
             },
         }
     },
+}
+TINY["dual"] = {
+    "image": {"backbone": "timm", "config": TINY["timm"]},
+    "text": {"backbone": "text_encoder", "config": TINY["text_encoder"]},
+    "width": 8,
 }
 
 
@@ -164,5 +175,7 @@ def test_processor_needs_follow_the_settings(backbone):
         for name, tower in backbone.towers.items():
             assert needs.sequences[name].width == tower.raw_width
         return
-    assert needs.image_size == backbone.towers["image"].image_size
-    assert needs.vocab_size == backbone.towers["text"].token_embedding.num_embeddings
+    if "image" in backbone.modalities:
+        assert needs.image_size == backbone.towers["image"].image_size
+    if "text" in backbone.modalities:
+        assert needs.vocab_size == backbone.towers["text"].token_embedding.num_embeddings
