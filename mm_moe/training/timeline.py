@@ -1,0 +1,380 @@
+"""The memory and arithmetic of one micro-batch, measured on a model without storage.
+
+The model's real forward and backward pass run on fake tensors: every operator runs its shape rules
+and nothing is computed or allocated. A recorder follows the bytes of all live tensors from operator
+to operator. Bytes at each moment are linear in the rows of the batch, so that a few recordings give
+the curve of every batch size.
+
+What depends on values in a real pass is planned: each expert gets an equal share of the rows, and
+the process of an expert-parallel group that is looked at receives `imbalance` times its share.
+
+B samples, M modalities, N rows of one modality, R routed rows, D width, F hidden width, P processes
+of an expert-parallel group, Q recordings, V moments (one per allocation).
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+from mm_moe.batch import IMAGE, TEXT, Batch
+from mm_moe.moe.dispatch import Dispatcher
+from mm_moe.moe.experts import Experts
+from mm_moe.moe.layer import moe_layers
+from mm_moe.moe.parallel import _Permute
+
+PROBE = 200  # samples of a recording: shares of whole half percents stay exact
+BACKWARD = ""  # the mark of the start of the backward pass
+
+Objective = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor], Any]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one micro-batch looks like and how its rows meet the experts.
+
+    Attributes:
+        text_tokens: L, padded length of a text.
+        real_text_tokens: mean tokens of a text that are not padding; only these are routed.
+        image_size: side of an image in pixels.
+        outputs: values that the head gives per sample; 0 without a head.
+        problem_type: what the labels are.
+        ep_size: P.
+        imbalance: rows that this process receives, relative to an even share.
+        half: bf16 weights and activations.
+        grouped: experts run as grouped products, which keep the activated hidden values too.
+        keep_inputs: the float32 inputs stay beside their bf16 copy (training on the host).
+        checkpointing: blocks are computed again in the backward pass.
+    """
+
+    text_tokens: int
+    real_text_tokens: float
+    image_size: int
+    outputs: int
+    problem_type: str
+    ep_size: int = 1
+    imbalance: float = 1.0
+    half: bool = False
+    grouped: bool = False
+    keep_inputs: bool = False
+    checkpointing: bool = False
+
+
+class Recorder(TorchDispatchMode):
+    """Follows live bytes and counts multiplications; answers what only values could answer.
+
+    Args:
+        padding: tokens of the batch that a mask takes away.
+        weights: tensors that are there before; not counted.
+    """
+
+    def __init__(self, padding: int, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.padding = padding
+        self.live = self.flops = 0
+        self.history: list[int] = []
+        self._seen = {_key(tensor) for tensor in weights}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Run one operator on shapes."""
+        kwargs = kwargs or {}
+        out = self._planned(func, args, kwargs)
+        if out is None:
+            out = func(*args, **kwargs)
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.flops += int(count(*args, **kwargs, out_val=out))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and _key(tensor) not in self._seen:
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _planned(self, func: Any, args: tuple, kwargs: dict) -> Tensor | None:
+        """The outcome of an operator whose shape depends on values."""
+        if func is torch.ops.aten.bincount.default:
+            least = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
+            return args[0].new_empty(least, dtype=torch.int64)
+        if func is torch.ops.aten.nonzero.default:
+            rows = max(0, args[0].numel() - self.padding)
+            return args[0].new_empty(rows, args[0].ndim, dtype=torch.int64)
+        return None
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._seen.add(key)
+        self.live += size
+        self.history.append(self.live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _Arrive(torch.autograd.Function):
+    """Rows of an all-to-all: a new tensor of another length, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, rows: int) -> Tensor:
+        ctx.rows = len(x_RD)
+        return x_RD.new_empty(rows, x_RD.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_empty(ctx.rows, grad.shape[1]), None
+
+
+class _Keep(torch.autograd.Function):
+    """Holds (R, F) values until the backward pass: the activated hidden rows of grouped products."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, hidden: int) -> Tensor:
+        ctx.save_for_backward(y_RD.new_empty(len(y_RD), hidden))
+        return y_RD.view_as(y_RD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class PlannedDispatcher(Dispatcher):
+    """Makes the tensors that `ExpertParallelDispatcher` makes, without its collectives.
+
+    Args:
+        load: what the process receives.
+    """
+
+    def __init__(self, load: Workload) -> None:
+        self.load = load
+
+    def compute(self, x_RD: Tensor, tokens_E: Tensor, experts: Experts) -> Tensor:
+        """The path of the rows to their experts and back."""
+        if self.load.ep_size == 1:
+            return self._run(x_RD, experts)
+        sent = len(x_RD)
+        received = math.ceil(sent * self.load.imbalance)
+        arrived_RD = _Arrive.apply(x_RD, received)
+        expert_R = torch.empty(received, dtype=torch.int64)
+        order_R = torch.argsort(expert_R, stable=True)
+        back_R = torch.empty_like(order_R)
+        back_R[order_R] = torch.arange(received)
+        y_RD = self._run(_Permute.apply(arrived_RD, order_R, back_R), experts)
+        return _Arrive.apply(_Permute.apply(y_RD, back_R, order_R), sent)
+
+    def _run(self, x_RD: Tensor, experts: Experts) -> Tensor:
+        num_experts, _, hidden = experts.w_in.shape
+        base, more = divmod(len(x_RD), num_experts)
+        y_RD = experts(x_RD, _Rows(base + (e < more) for e in range(num_experts)))
+        return _Keep.apply(y_RD, hidden) if self.load.grouped else y_RD
+
+    def sum_over_ranks(self, totals: Tensor) -> Tensor:
+        """The totals themselves: their size is what matters."""
+        return totals
+
+    def gather_over_ranks(self, rows: Tensor) -> tuple[Tensor, int]:
+        """This process' rows."""
+        return rows, 0
+
+
+class _Rows(list):
+    """Row counts that are known: what `Experts` takes from its count tensor."""
+
+    def tolist(self) -> list[int]:
+        """As of a tensor."""
+        return list(self)
+
+
+@dataclass
+class Recording:
+    """One fake pass.
+
+    Attributes:
+        live: bytes of inputs and activations after each allocation (V,).
+        marks: (moment, parameter name) where a parameter's gradient was complete.
+        flops: multiplications and additions, forward and backward.
+        end: bytes that are left.
+    """
+
+    live: list[int]
+    marks: list[tuple[int, str]]
+    flops: int
+    end: int
+
+
+@dataclass
+class Timeline:
+    """Bytes of inputs and activations through a micro-batch, for any number of rows.
+
+    Attributes:
+        modalities: in the order of the model.
+        live_QV: per unit: constant, per sample, per row of each modality; Q = 2 + M.
+        end_Q: bytes left at the end, likewise.
+        flops_Q: floating-point operations, likewise.
+        marks: (moment, parameter name) where a parameter's gradient was complete, in order; the
+            first one is that of the loss, with the name `BACKWARD`.
+    """
+
+    modalities: tuple[str, ...]
+    live_QV: np.ndarray
+    end_Q: np.ndarray
+    flops_Q: np.ndarray
+    marks: list[tuple[int, str]] = field(default_factory=list)
+
+    def units(self, samples: int, rows: dict[str, int]) -> np.ndarray:
+        """What the coefficients are multiplied with."""
+        return np.array([1, samples, *(rows[name] for name in self.modalities)], dtype=np.float64)
+
+    def live(self, samples: int, rows: dict[str, int]) -> np.ndarray:
+        """Bytes (V,) at each moment."""
+        return self.units(samples, rows) @ self.live_QV
+
+    def end(self, samples: int, rows: dict[str, int]) -> float:
+        """Bytes left when the backward pass is over: inputs, outputs, loss."""
+        return float(self.units(samples, rows) @ self.end_Q)
+
+    def flops(self, samples: int, rows: dict[str, int]) -> float:
+        """Floating-point operations of the micro-batch, forward and backward."""
+        return float(self.units(samples, rows) @ self.flops_Q)
+
+
+def record_timeline(
+    build: Callable[[], nn.Module], objective: Objective, *, load: Workload
+) -> Timeline:
+    """Record enough passes to know every batch size.
+
+    Args:
+        build: a new model on the meta device, with the experts of one process; called repeatedly.
+        objective: as the trainer's.
+        load: the shape of the micro-batch.
+    """
+    first = build()
+    modalities: tuple[str, ...] = tuple(first.config.modalities)  # type: ignore[union-attr, arg-type]
+    base = {name: PROBE for name in modalities}
+    cases = [(PROBE, base), (2 * PROBE, base)]
+    cases += [(PROBE, base | {name: 2 * PROBE}) for name in modalities]
+    models = [first, *(build() for _ in cases[1:])]
+    runs = [
+        _record(model, objective, samples=samples, rows=rows, load=load)
+        for model, (samples, rows) in zip(models, cases, strict=True)
+    ]
+    same = {(len(run.live), tuple(name for _, name in run.marks)) for run in runs}
+    assert len(same) == 1, "passes of different batch sizes run different operators"
+    tables = [
+        np.array([value(run) for run in runs], dtype=np.float64)
+        for value in (lambda run: run.live, lambda run: run.end, lambda run: run.flops)
+    ]
+    live_QV, end_Q, flops_Q = (_coefficients(table) for table in tables)
+    return Timeline(modalities, live_QV, end_Q, flops_Q, runs[0].marks)
+
+
+def _coefficients(table: np.ndarray) -> np.ndarray:
+    """From values at (probe, one unit doubled at a time) to constant and slopes."""
+    slopes = (table[1:] - table[:1]) / PROBE
+    constant = table[0] - PROBE * slopes.sum(0)
+    return np.concatenate([constant[None], slopes])
+
+
+def _record(
+    model: nn.Module, objective: Objective, *, samples: int, rows: dict[str, int], load: Workload
+) -> Recording:
+    """One fake forward and backward pass; the model is used up."""
+    texts = rows.get(TEXT, 0)
+    padding = round(texts * (load.text_tokens - load.real_text_tokens))
+    marks: list[tuple[int, str]] = []
+    gc.disable()  # a collection in the middle would move the moment at which bytes go
+    try:
+        with FakeTensorMode():
+            _materialise(model, load=load, rows=rows)
+            recorder = Recorder(padding, [*model.parameters(), *model.buffers()])
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    mark = functools.partial(_mark, recorder, marks, name)
+                    parameter.register_post_accumulate_grad_hook(mark)
+            with recorder:
+                batch = _batch(samples, rows, load=load)
+                loss, parts, output = objective(model.train(), batch)
+                recorder.history.append(recorder.live)
+                marks.append((len(recorder.history) - 1, BACKWARD))
+                loss.backward()
+                del parts
+                end = recorder.live
+                del output, loss, batch
+    finally:
+        gc.enable()
+    return Recording(recorder.history, marks, recorder.flops, end)
+
+
+def _mark(recorder: Recorder, marks: list[tuple[int, str]], name: str, parameter: Tensor) -> None:
+    """Note when a gradient is complete, and hand it over: what holds it depends on the stage."""
+    recorder.history.append(recorder.live)
+    marks.append((len(recorder.history) - 1, name))
+    parameter.grad = None
+
+
+def _materialise(model: nn.Module, *, load: Workload, rows: dict[str, int]) -> None:
+    """Give a meta model fake weights on the host, planned dispatch and planned rows."""
+    dtype = torch.bfloat16 if load.half else torch.float32
+    known: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None and id(old) not in known:
+                new = nn.Parameter(torch.empty(old.shape, dtype=dtype), old.requires_grad)
+                known[id(old)] = new
+            if old is not None:
+                module._parameters[name] = known[id(old)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                kind = dtype if buffer.is_floating_point() else buffer.dtype
+                module._buffers[name] = torch.empty(buffer.shape, dtype=kind)
+    for layer in moe_layers(model).values():
+        layer.dispatcher = PlannedDispatcher(load)
+    vars(model)["_packed_rows"] = lambda present, inputs: {
+        name: torch.arange(count) for name, count in rows.items()
+    }
+    if load.checkpointing:
+        for tower in model.backbone.towers.values():  # type: ignore[union-attr, operator]
+            vars(tower)["block"] = functools.partial(checkpoint, tower.block, use_reentrant=False)
+
+
+def _batch(samples: int, rows: dict[str, int], *, load: Workload) -> Batch:
+    """A fake batch with these rows."""
+    inputs: dict[str, dict[str, Tensor]] = {}
+    for name, count in rows.items():
+        if name == IMAGE:
+            pixels = torch.empty(count, 3, load.image_size, load.image_size)
+            inputs[name] = {"pixel_values": pixels.bfloat16() if load.half else pixels}
+            if load.keep_inputs:
+                inputs[name] = {**inputs[name], "pixels": pixels}
+        else:
+            ids = torch.empty(count, load.text_tokens, dtype=torch.int64)
+            inputs[name] = {"input_ids": ids, "attention_mask": torch.empty_like(ids)}
+    labels = None
+    if load.outputs and load.problem_type == "single_label_classification":
+        labels = torch.empty(samples, dtype=torch.int64)
+    elif load.outputs:
+        wide = load.problem_type == "multi_label_classification"
+        labels = torch.empty((samples, load.outputs) if wide else (samples,))
+    present = torch.empty(samples, len(rows), dtype=torch.bool)
+    return Batch.of([""] * samples, present, inputs, labels)
