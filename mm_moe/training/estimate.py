@@ -115,9 +115,7 @@ class Memory:
     @property
     def device(self) -> int:
         """Bytes on the device."""
-        return (
-            self.weights + self.optimizer + self.gradients + self.activations + self.buffers
-        )
+        return self.weights + self.optimizer + self.gradients + self.activations + self.buffers
 
 
 def peak_memory(
@@ -164,7 +162,9 @@ def build_bytes(counts: Mapping[str, ParameterCount], *, ep_size: int) -> int:
     return FLOAT32 * (total + expert // ep_size)
 
 
-def largest_micro_batch(needed: Callable[[int], int], *, available: int, limit: int = 1 << 20) -> int:
+def largest_micro_batch(
+    needed: Callable[[int], int], *, available: int, limit: int = 1 << 20
+) -> int:
     """The most samples that fit; 0 if not even one does.
 
     Args:

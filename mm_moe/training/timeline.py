@@ -146,7 +146,7 @@ class _Arrive(torch.autograd.Function):
 
 
 class _Keep(torch.autograd.Function):
-    """Holds (R, F) values until the backward pass: the activated hidden rows of grouped products."""
+    """Holds (R, F) values for the backward pass: the activated hidden rows of grouped products."""
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, hidden: int) -> Tensor:

@@ -9,6 +9,7 @@ V moments of a timeline.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ class Group:
         last = (slot.start + slot.size - 1) // self.partition
         edges = [slot.start, *((p + 1) * self.partition for p in range(first, last))]
         edges.append(slot.start + slot.size)
-        sizes = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+        sizes = [b - a for a, b in itertools.pairwise(edges)]
         return list(zip(range(first, last + 1), sizes, strict=True))
 
     def worst_part(self) -> int:

@@ -1,0 +1,365 @@
+"""What `launch/plan.py` works out: one run's needs from its settings, without a machine."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPConfig, PreTrainedConfig
+
+from launch.assemble import dense_model, learning_rate_scale, model_config
+from launch.cli import Settings
+from launch.scoring import num_outputs
+from mm_moe.backbones.clip import ClipBackbone, first_line, json_fields
+from mm_moe.batch import TEXT
+from mm_moe.data.schema import DataSource
+from mm_moe.errors import CheckpointError, ConfigError
+from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.models.modeling import MultimodalMoEModel
+from mm_moe.moe.layer import MoELayer, moe_layers
+from mm_moe.registry import BACKBONES, OBJECTIVES
+from mm_moe.training import exchange
+from mm_moe.training.estimate import (
+    Memory,
+    ParameterCount,
+    build_bytes,
+    count_parameters,
+    largest_micro_batch,
+    peak_memory,
+    rows_of,
+)
+from mm_moe.training.timeline import Timeline, Workload, record_timeline
+from mm_moe.training.zero_memory import Group, Overlay, ZeroSettings, optimizer_groups, overlay
+
+CPU = "cpu"
+GIB = 1 << 30
+STAGES = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-2 + offload")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run is planned for.
+
+    Attributes:
+        world_size: processes, one per GPU.
+        gpus_per_node: of them on one node.
+        gpu: a name in `exchange.GPUS`, or "cpu" for training on hosts.
+        memory: usable bytes of one GPU (or of one process' share of a host).
+        links: how fast a process sends.
+        imbalance: rows of the fullest process relative to the mean.
+    """
+
+    world_size: int
+    gpus_per_node: int
+    gpu: str
+    memory: int
+    links: exchange.Links
+    imbalance: float
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it has no GPU."""
+        return self.gpu == CPU
+
+
+def weightless_config(settings: Settings, source: DataSource) -> MultimodalMoEConfig:
+    """The configuration that training ends up with, read without any weights.
+
+    Raises:
+        CheckpointError: no readable configuration under the name of the weights.
+    """
+    config = model_config(settings, source, prompt=settings.prompt.prompt)
+    name = settings.model.pretrained
+    if not name or not issubclass(BACKBONES.resolve(config.backbone), ClipBackbone):
+        return config
+    if name == "builtin" or Path(name).is_file():
+        return config
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no configuration could be read from {name!r} ({first_line(error)}); "
+            "give a folder with config.json, or a Hub name."
+        ) from error
+    if fields.get("model_type") == MultimodalMoEConfig.model_type:
+        config.backbone_config = fields["backbone_config"]
+    else:
+        config.backbone_config = json_fields(CLIPConfig.from_dict(fields))
+    return config
+
+
+def meta_model(settings: Settings, config: MultimodalMoEConfig) -> MultimodalMoEModel:
+    """The model as training builds it, without storage, with all experts."""
+    without = replace(settings, model=replace(settings.model, pretrained=None))
+    with torch.device("meta"):
+        return dense_model(without, copy.deepcopy(config))
+
+
+def shard(model: MultimodalMoEModel, *, ep_size: int) -> MultimodalMoEModel:
+    """A copy with the experts of one process, tagged as `make_expert_parallel` does."""
+    model = copy.deepcopy(model)
+    for layer in moe_layers(model).values():
+        layer.experts = layer.experts.slice(0, layer.num_experts // ep_size)
+        for parameter in layer.experts.parameters():
+            vars(parameter).update(allreduce=False, group_name=f"ep_size_{ep_size}")
+    return model
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokens of a text: padded length, and how many of them are real on average."""
+
+    padded: int
+    real: float
+
+
+class Planner:
+    """Works out memory, exchange and time of one run.
+
+    Args:
+        settings: of the run; `moe.ep_size` is settled.
+        source: the data set.
+        machine: where it shall run.
+        deepspeed: the checked DeepSpeed settings.
+        text_tokens: padded length of a text; 0 takes the longest that the model has room for.
+        real_text_tokens: mean real tokens of a text; 0 takes the padded length.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        source: DataSource,
+        *,
+        machine: Machine,
+        deepspeed: dict[str, Any],
+        text_tokens: int = 0,
+        real_text_tokens: float = 0.0,
+    ) -> None:
+        self.settings, self.source, self.machine = settings, source, machine
+        self.deepspeed = deepspeed
+        self.config = weightless_config(settings, source)
+        self.model = meta_model(settings, self.config)
+        self.ep_size = settings.moe.ep_size if settings.moe.moe_enable else 1
+        self.half = bool(settings.training.bf16)
+        self.needs = BACKBONES.resolve(self.config.backbone).processor_needs(
+            self.model.config.backbone_config
+        )
+        padded = self._padded(text_tokens)
+        self.texts = Texts(padded, min(real_text_tokens or padded, padded))
+        self.counts: dict[str, ParameterCount] = count_parameters(self.model)
+
+    def _padded(self, wanted: int) -> int:
+        room = self.needs.max_text_tokens
+        if TEXT in self.config.modalities and wanted > room:
+            raise ConfigError(
+                f"--text_tokens ({wanted}) cannot exceed the {room} positions of the text tower."
+            )
+        return wanted or room
+
+    @functools.cached_property
+    def missing(self) -> dict[str, float]:
+        """Modality -> share of the samples that lack it."""
+        kind, ratio = self.settings.data.missing_type, self.settings.data.missing_ratio
+        names = list(self.config.modalities)
+        shares = dict.fromkeys(names, 0.0)
+        for name in names if kind == "both" else [kind]:
+            if name in shares:
+                shares[name] = ratio / len(names) if kind == "both" else ratio
+        return shares
+
+    @functools.cached_property
+    def workload(self) -> Workload:
+        """One micro-batch."""
+        on_cpu = self.machine.is_cpu
+        return Workload(
+            text_tokens=self.texts.padded,
+            real_text_tokens=self.texts.real,
+            image_size=self.needs.image_size,
+            outputs=num_outputs(self.source) if self.config.num_labels else 0,
+            problem_type=self.source.problem_type,
+            ep_size=self.ep_size,
+            imbalance=self.machine.imbalance,
+            half=self.half,
+            grouped=self.half and not on_cpu,
+            keep_inputs=on_cpu,
+        )
+
+    def timeline(self, *, checkpointing: bool = False) -> Timeline:
+        """Bytes of activations through a micro-batch."""
+        objective = OBJECTIVES.resolve(self.settings.run.objective)
+        load = replace(self.workload, checkpointing=checkpointing)
+        return record_timeline(
+            lambda: shard(self.model, ep_size=self.ep_size),
+            objective(problem_type=self.source.problem_type),
+            load=load,
+        )
+
+    @functools.cached_property
+    def plain(self) -> Timeline:
+        """Without gradient checkpointing."""
+        return self.timeline()
+
+    def zero(self, stage: str) -> ZeroSettings:
+        """The sharding of one of `STAGES`, with the buckets of the DeepSpeed file."""
+        section = self.deepspeed.get("zero_optimization", {})
+        bucket = section.get("reduce_bucket_size", ZeroSettings.reduce_bucket_size)
+        return ZeroSettings(
+            stage=STAGES.index(stage.split(" ")[0]),
+            world_size=self.machine.world_size,
+            ep_size=self.ep_size,
+            half=self.half,
+            offload=stage.endswith("offload"),
+            reduce_bucket_size=int(bucket) if bucket != "auto" else ZeroSettings.reduce_bucket_size,
+            overlap_comm=section.get("overlap_comm", False) is True,
+            accumulation=self.settings.training.gradient_accumulation_steps,
+            clips=self.settings.training.max_grad_norm > 0,
+        )
+
+    @property
+    def own_stage(self) -> str:
+        """The stage that the DeepSpeed file asks for."""
+        section = self.deepspeed.get("zero_optimization", {})
+        device = (section.get("offload_optimizer") or {}).get("device", "none")
+        stage = f"ZeRO-{section.get('stage', 0)}"
+        return f"{stage} + offload" if device != "none" else stage
+
+    @property
+    def stages(self) -> list[str]:
+        """Stages that training accepts at this precision."""
+        found = [stage for stage in STAGES if not (self.half and stage == "ZeRO-0")]
+        return found if self.own_stage in found else [*found, self.own_stage]
+
+    def groups(self, zero: ZeroSettings) -> list[Group]:
+        """The optimizer's parameter groups on one process."""
+        scale = learning_rate_scale(self.settings.run.new_parts_lr_scale)
+        return optimizer_groups(shard(self.model, ep_size=zero.ep_size), zero=zero, scale=scale)
+
+    def overlay(self, zero: ZeroSettings, timeline: Timeline | None = None) -> Overlay:
+        """What the engine holds."""
+        timeline = timeline or self.plain
+        groups = self.groups(zero)
+        local = shard(self.model, ep_size=zero.ep_size)
+        frozen = sum(p.numel() for p in local.parameters() if not p.requires_grad)
+        frozen += sum(b.numel() for b in local.buffers())
+        return overlay(
+            groups,
+            zero=zero,
+            frozen_bytes=frozen * zero.element,
+            marks=timeline.marks,
+            moments=timeline.live_QV.shape[1],
+        )
+
+    def rows(self, samples: int) -> dict[str, int]:
+        """Rows of each modality in a micro-batch."""
+        return rows_of(samples, self.missing)
+
+    def memory(self, samples: int, over: Overlay, timeline: Timeline | None = None) -> Memory:
+        """Bytes of one process."""
+        return peak_memory(
+            timeline or self.plain,
+            over,
+            samples=samples,
+            rows=self.rows(samples),
+            extra=self._gathered(samples),
+        )
+
+    def _gathered(self, samples: int) -> int:
+        """Bytes of the contrastive loss over all processes' rows, beyond those of one process."""
+        if self.settings.run.objective != "contrastive":
+            return 0
+        others = samples * (self.machine.world_size - 1)
+        # float32: features of two modalities, per direction a log-softmax, its mask, two gradients
+        return others * (2 * 4 * self.model.backbone.out_width + samples * (2 * (4 + 1) + 2 * 4))
+
+    def needed(self, samples: int, over: Overlay) -> int:
+        """Bytes that have to fit: of the device, or of device and host where they are one."""
+        memory = self.memory(samples, over)
+        return memory.device + (memory.host if self.machine.is_cpu else 0)
+
+    def largest(self, over: Overlay) -> int:
+        """The largest micro-batch that fits the machine."""
+        return largest_micro_batch(
+            lambda samples: self.needed(samples, over), available=self.machine.memory
+        )
+
+    def sparse_layers(self, samples: int) -> list[exchange.SparseLayer]:
+        """What each sparse layer does with one micro-batch on average."""
+        tokens = self._tokens(samples)
+        found = []
+        for name, layer in moe_layers(self.model).items():
+            modality = name.split(".")[2]
+            found.append(
+                exchange.SparseLayer(
+                    tokens=tokens[modality],
+                    width=layer.width,
+                    hidden=hidden_of(layer),
+                    top_k=layer.settings.top_k,
+                )
+            )
+        return found
+
+    def _tokens(self, samples: int) -> dict[str, float]:
+        """Mean real tokens of one micro-batch that reach a block, by modality."""
+        found = {}
+        for name in self.config.modalities:
+            tower = self.model.backbone.towers[name]
+            if name == TEXT:
+                length: float = self.texts.real
+            else:
+                with torch.device("meta"):
+                    length = tower.embed(tower.blank())[0].shape[1]  # type: ignore[operator]
+            found[name] = samples * (1 - self.missing[name]) * length
+        return found
+
+    def traffic(self, zero: ZeroSettings, samples: int) -> dict[str, exchange.Traffic]:
+        """Bytes that one process sends in a step, by cause."""
+        near = self.machine.gpus_per_node
+        groups = self.groups(zero)
+        found = {
+            "expert all-to-all": exchange.expert_traffic(
+                self.sparse_layers(samples),
+                zero=zero,
+                gpus_per_node=near,
+                imbalance=self.machine.imbalance,
+            ),
+            **exchange.gradient_traffic(groups, zero=zero, gpus_per_node=near),
+            "weights all-gather": exchange.weight_traffic(groups, zero=zero, gpus_per_node=near),
+        }
+        if self.settings.run.objective == "contrastive":
+            size = samples * zero.world_size * self.model.backbone.out_width * 4.0
+            one = exchange.all_reduce(
+                size, ranks=zero.world_size, stride=1, gpus_per_node=near
+            ).times(1.5 * len(self.config.modalities) * zero.accumulation)
+            found["contrastive features"] = one
+        return found
+
+    def flops(self, samples: int) -> float:
+        """Operations of one step on one process, forward and backward, nothing recomputed."""
+        rows = {name: round(samples * (1 - share)) for name, share in self.missing.items()}
+        return self.plain.flops(samples, rows) * self.settings.training.gradient_accumulation_steps
+
+    def peak_rate(self) -> float:
+        """FLOP/s of the GPU at this precision; 0 on a CPU."""
+        if self.machine.is_cpu:
+            return 0.0
+        return exchange.GPUS[self.machine.gpu][0] * (1 if self.half else 0.5)
+
+    @property
+    def build_bytes(self) -> int:
+        """Host bytes of a process while it builds the model."""
+        return build_bytes(self.counts, ep_size=self.ep_size)
+
+
+def hidden_of(layer: MoELayer) -> int:
+    """F of a sparse layer."""
+    return int(layer.experts.w_out.shape[1])
+
+
+def host_memory() -> int:
+    """Bytes of this host's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
