@@ -55,6 +55,7 @@ def work_out(planner: Planner) -> dict[str, Any]:
         "traffic": {name: dataclasses.asdict(part) for name, part in traffic.items()},
         "flops_per_step": planner.flops(samples),
         "time": _time(planner, traffic, samples),
+        "notes": planner.notes,
     }
 
 
@@ -113,6 +114,7 @@ def head(found: dict[str, Any]) -> list[str]:
         f"{found['precision']}; {found['own_stage']}",
         f"micro-batch {found['micro_batch']} x {found['accumulation']} accumulation; rows: {rows}; "
         f"texts padded to {texts['padded']} tokens, {texts['real']:.4g} of them real",
+        *found["notes"],
     ]
 
 

@@ -38,6 +38,8 @@ from mm_moe.training.zero_memory import Group, Overlay, ZeroSettings, optimizer_
 
 CPU = "cpu"
 GIB = 1 << 30
+PLAIN_ROUTER = "topk_softmax"
+PLANNED_ROUTERS = (PLAIN_ROUTER, "topk_sigmoid")  # what they choose does not change any shape
 STAGES = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-2 + offload")
 
 
@@ -152,6 +154,8 @@ class Planner:
         padded = self._padded(text_tokens)
         self.texts = Texts(padded, min(real_text_tokens or padded, padded))
         self.counts: dict[str, ParameterCount] = count_parameters(self.model)
+        self.notes: list[str] = []
+        self.stand_in = self._stand_in()
 
     def _padded(self, wanted: int) -> int:
         room = self.needs.max_text_tokens
@@ -160,6 +164,22 @@ class Planner:
                 f"--text_tokens ({wanted}) cannot exceed the {room} positions of the text tower."
             )
         return wanted or room
+
+    def _stand_in(self) -> MultimodalMoEModel:
+        """The model whose passes are recorded: values that nobody has must not shape tensors."""
+        moe = self.config.moe or {}
+        plain = dict(moe)
+        if moe and moe["router"] not in PLANNED_ROUTERS:
+            plain["router"] = PLAIN_ROUTER
+            self.notes.append(f"activations of router {moe['router']!r} as of {PLAIN_ROUTER!r}")
+        if moe.get("drop_tokens"):
+            plain["drop_tokens"] = False
+            self.notes.append("activations and exchange as if no token were dropped")
+        if plain == moe:
+            return self.model
+        config = copy.deepcopy(self.config)
+        config.moe = plain
+        return meta_model(self.settings, config)
 
     @functools.cached_property
     def missing(self) -> dict[str, float]:
@@ -194,7 +214,7 @@ class Planner:
         objective = OBJECTIVES.resolve(self.settings.run.objective)
         load = replace(self.workload, checkpointing=checkpointing)
         return record_timeline(
-            lambda: shard(self.model, ep_size=self.ep_size),
+            lambda: shard(self.stand_in, ep_size=self.ep_size),
             objective(problem_type=self.source.problem_type),
             load=load,
         )

@@ -32,8 +32,8 @@ from eval.benchmarks.peak_memory import PeakMemory
 
 ROOT = Path(__file__).parents[2]
 TRAIN, PLAN = ROOT / "launch" / "train.py", ROOT / "launch" / "plan.py"
-STEPS = 3  # optimizer state exists from the end of the first one
-SMALL = {"width": 32, "num_blocks": 2, "num_heads": 2, "hidden": 64}
+STEPS = 2  # optimizer state exists from the end of the first one
+SMALL = {"num_blocks": 2}
 MIDDLE = {"width": 512, "num_blocks": 8, "num_heads": 8, "hidden": 2048}
 
 
@@ -50,6 +50,7 @@ class Case:
         num_experts: E.
         top_k: K.
         bf16: precision of weights and gradients.
+        bucket: elements of a gradient bucket instead of the file's, which would hide a small model.
         more: further flags.
     """
 
@@ -61,11 +62,17 @@ class Case:
     num_experts: int = 4
     top_k: int = 1
     bf16: bool = False
+    bucket: int = 0
     more: tuple[str, ...] = ()
 
-    def flags(self) -> list[str]:
+    def flags(self, folder: Path) -> list[str]:
         """Flags that the training program and the planner share."""
-        words = ["--deepspeed", str(ROOT / "ds_configs" / f"{self.stage}.json")]
+        deepspeed = json.loads((ROOT / "ds_configs" / f"{self.stage}.json").read_text())
+        if self.bucket:
+            deepspeed["zero_optimization"]["reduce_bucket_size"] = self.bucket
+        file = folder / "deepspeed.json"
+        file.write_text(json.dumps(deepspeed))
+        words = ["--deepspeed", str(file)]
         words += ["--ep_size", str(self.ep_size), "--num_experts", str(self.num_experts)]
         words += ["--top_k_experts", str(self.top_k), "--bf16", str(self.bf16).lower()]
         words += ["--max_steps", str(STEPS), "--final_evaluation", "false"]
@@ -78,8 +85,8 @@ class Case:
 
 
 QUICK = [
-    Case("default recipe", "zero2"),
-    Case("small, spread", "zero1", processes=2, ep_size=2, shape=SMALL, top_k=2),
+    Case("small", "zero2", shape=SMALL, num_experts=8, bucket=1_000_000, bf16=True),
+    Case("small, spread", "zero1", 2, 2, shape=SMALL, top_k=2, bucket=1_000_000),
 ]
 FULL = [
     Case("default recipe", "zero2"),
@@ -105,9 +112,20 @@ FULL = [
 ]  # fmt: skip
 
 
-def work(folder: Path, argv: list[str]) -> None:
-    """Train in this process, and write down what was allocated."""
-    from mm_moe.training import runtime
+class MeasuredError(Exception):
+    """Ends a measured run behind its last step, and carries what was found."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        super().__init__("measured")
+        self.found = found
+
+
+def measure(argv: list[str]) -> dict[str, Any]:
+    """Train in this process, which may be one of several, and say what was allocated.
+
+    Args:
+        argv: flags of the training program.
+    """
     from mm_moe.training.trainer import MultimodalTrainer
 
     start_rss = _status("VmRSS")
@@ -125,10 +143,7 @@ def work(folder: Path, argv: list[str]) -> None:
             "text_tokens": max((length for length, _ in texts), default=0),
             "real_text_tokens": sum(real for _, real in texts) / max(len(texts), 1),
         }
-        (folder / f"{runtime.rank()}.json").write_text(json.dumps(found))
-        runtime.barrier()
-        runtime.stop()
-        sys.exit(0)
+        raise MeasuredError(found)
 
     def watched_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if "text" in inputs.inputs:
@@ -138,11 +153,28 @@ def work(folder: Path, argv: list[str]) -> None:
 
     MultimodalTrainer.train = measured_train  # type: ignore[method-assign, assignment]
     MultimodalTrainer.compute_loss = watched_loss  # type: ignore[method-assign]
-    sys.argv = [str(TRAIN), *argv]
-    sys.path.insert(0, str(TRAIN.parent))
+    words, sys.argv = sys.argv, [str(TRAIN), *argv]
+    try:
+        with meter:
+            runpy.run_path(str(TRAIN), run_name="__main__")
+    except MeasuredError as ended:
+        return ended.found
+    finally:
+        sys.argv = words
+        MultimodalTrainer.train = train  # type: ignore[method-assign]
+        MultimodalTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    raise SystemExit("the run ended before its first step")
+
+
+def work(folder: Path, argv: list[str]) -> None:
+    """One process of a case: measure, and write it down."""
+    from mm_moe.training import runtime
+
     torch.set_num_threads(1)
-    with meter:
-        runpy.run_path(str(TRAIN), run_name="__main__")
+    found = measure(argv)
+    (folder / f"{runtime.rank()}.json").write_text(json.dumps(found))
+    runtime.barrier()
+    runtime.stop()
 
 
 def _status(key: str) -> int:
@@ -152,23 +184,16 @@ def _status(key: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)
 
 
-def run_case(case: Case) -> dict[str, Any]:
-    """Train, plan, compare."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        launcher = [sys.executable]
-        if case.processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone"]
-            launcher += ["--nproc_per_node", str(case.processes)]
-        module = ["-m", "eval.benchmarks.memory_estimate", "--worker", name]
-        _call([*launcher, *module, "--", *case.flags(), "--output_dir", str(folder / "run")])
-        ranks = [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9]*.json"))]
-        words = ["--gpu", "cpu", "--json", str(folder / "plan.json")]
-        words += ["--world_size", str(case.processes)]
-        words += ["--text_tokens", str(max(rank["text_tokens"] for rank in ranks))]
-        words += ["--real_text_tokens", str(max(rank["real_text_tokens"] for rank in ranks))]
-        _call([sys.executable, str(PLAN), *words, *case.flags()])
-        plan = json.loads((folder / "plan.json").read_text())
+def plan_flags(ranks: list[dict[str, Any]]) -> list[str]:
+    """What the planner has to know of the machine and of the texts that came."""
+    words = ["--gpu", "cpu", "--world_size", str(len(ranks))]
+    for flag in ("text_tokens", "real_text_tokens"):
+        words += [f"--{flag}", str(max(rank[flag] for rank in ranks))]
+    return words
+
+
+def compare(case: Case, ranks: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table from what the processes found and what the planner wrote."""
     own = plan["memory"][plan["own_stage"]]
     measured = max(rank["peak"] for rank in ranks)
     estimated = own["device"] + own["host"]
@@ -181,6 +206,22 @@ def run_case(case: Case) -> dict[str, Any]:
         "process_growth": max(rank["rss"] for rank in ranks),
         "parts": own,
     }
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Train, plan, compare, each in processes of their own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        launcher = [sys.executable]
+        if case.processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone"]
+            launcher += ["--nproc_per_node", str(case.processes)]
+        launcher += ["-m", "eval.benchmarks.memory_estimate", "--worker", name]
+        flags, file = case.flags(folder), folder / "plan.json"
+        _call([*launcher, "--", *flags, "--output_dir", str(folder / "run")])
+        ranks = [json.loads(found.read_text()) for found in sorted(folder.glob("[0-9].json"))]
+        _call([sys.executable, str(PLAN), "--json", str(file), *plan_flags(ranks), *flags])
+        return compare(case, ranks, json.loads(file.read_text()))
 
 
 def _call(words: list[str]) -> None:

@@ -50,7 +50,8 @@ class PeakMemory(TorchDispatchMode):
 
 
 def _is_dense(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided
+    """Whether a value is a tensor with storage; one on the meta device has only a shape."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def _key(tensor: torch.Tensor) -> int:

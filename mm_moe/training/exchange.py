@@ -83,7 +83,7 @@ def _group_of(rank: int, ep_size: int) -> range:
 
 
 def all_reduce(size: float, *, ranks: int, stride: int, gpus_per_node: int) -> Traffic:
-    """Sum over processes that are `stride` apart, reduced within nodes first: 2 (n-1)/n each way."""
+    """Sum over processes that are `stride` apart, within nodes first: 2 (n-1)/n of it is sent."""
     if ranks == 1:
         return Traffic()
     near, nodes = _spread(ranks, stride, gpus_per_node)

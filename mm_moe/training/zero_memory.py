@@ -19,7 +19,6 @@ from torch import nn
 
 from mm_moe.moe.parallel import is_expert_parameter
 from mm_moe.training.optimizer import parameter_groups
-from mm_moe.training.timeline import BACKWARD
 
 FLOAT32, NORM_BYTES = 4, 8  # DeepSpeed takes norms in float64
 ALIGNMENT = 2  # elements per process to which a flat group is padded
@@ -246,7 +245,7 @@ def overlay(
         groups: see `optimizer_groups`.
         zero: the layout.
         frozen_bytes: weights outside the groups, and the model's buffers.
-        marks: when which gradient is complete.
+        marks: when which gradient is complete; other names are passed over.
         moments: V.
     """
     element = zero.element
@@ -283,7 +282,7 @@ def _keep_gradients(
     if buckets and begun:
         found.buffers_V[:] = buckets.buffer
     for moment, name in marks:
-        if name == BACKWARD:
+        if name not in sizes:
             continue
         if buckets and not begun:
             found.buffers_V[moment:] = buckets.buffer
@@ -321,7 +320,7 @@ def _partition_gradients(
     found.gradients_V[:] = kept
     begun, outside = False, 0
     for moment, name in marks:
-        if name == BACKWARD:
+        if name not in buckets.place:
             continue
         if not begun:
             found.buffers_V[moment:] = buckets.buffer
