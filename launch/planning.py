@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from launch.assemble import dense_model, learning_rate_scale, model_config
 from launch.cli import Settings
 from launch.scoring import num_outputs
-from mm_moe.backbones.clip import ClipBackbone, first_line, json_fields
+from mm_moe.backbones import blip2
+from mm_moe.backbones.library import first_line, json_fields
 from mm_moe.batch import TEXT
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import CheckpointError, ConfigError
@@ -77,21 +78,24 @@ def weightless_config(settings: Settings, source: DataSource) -> MultimodalMoECo
     """
     config = model_config(settings, source, prompt=settings.prompt.prompt)
     name = settings.model.pretrained
-    if not name or not issubclass(BACKBONES.resolve(config.backbone), ClipBackbone):
-        return config
-    if name == "builtin" or Path(name).is_file():
-        return config
+    if not name or name == "builtin" or Path(name).is_file() or config.backbone == "open_clip":
+        return config  # the shape comes from the settings
     try:
         fields, _ = PreTrainedConfig.get_config_dict(name)
+        own = fields.get("model_type") == MultimodalMoEConfig.model_type
+        library = None if own else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"no configuration could be read from {name!r} ({first_line(error)}); "
             "give a folder with config.json, or a Hub name."
         ) from error
-    if fields.get("model_type") == MultimodalMoEConfig.model_type:
+    if library is None:
         config.backbone_config = fields["backbone_config"]
+    elif config.backbone == "blip2":
+        found = json_fields(library, keep_kind=blip2.KINDS)
+        config.backbone_config = {**found, "freeze_vision": True, **config.backbone_config}
     else:
-        config.backbone_config = json_fields(CLIPConfig.from_dict(fields))
+        config.backbone_config = json_fields(library)
     return config
 
 
@@ -172,6 +176,8 @@ class Planner:
         if moe and moe["router"] not in PLANNED_ROUTERS:
             plain["router"] = PLAIN_ROUTER
             self.notes.append(f"activations of router {moe['router']!r} as of {PLAIN_ROUTER!r}")
+        if moe and self.settings.moe.moe_backend != "ours":
+            self.notes.append(f"layers of backend {self.settings.moe.moe_backend!r} as of 'ours'")
         if moe.get("drop_tokens"):
             plain["drop_tokens"] = False
             self.notes.append("activations and exchange as if no token were dropped")
