@@ -257,6 +257,11 @@ def check_supported(values: argparse.Namespace) -> None:
             "--load_best_model_at_end is not supported; publish a checkpoint of your choice with "
             "launch/export.py RUN --checkpoint checkpoint-N."
         )
+    if values.gradient_checkpointing:
+        raise ConfigError(
+            "--gradient_checkpointing is not supported by these models; take a smaller "
+            "--per_device_train_batch_size with --gradient_accumulation_steps."
+        )
     name = values.pretrained or ""
     looks_like_path = name.endswith((".safetensors", ".bin", ".pt")) or name.startswith(
         (".", "/", "~")

@@ -34,6 +34,7 @@ def refused(program, *argv: str) -> tuple[type, str]:
         (["--missing_type", "sound"], ConfigError),
         (["--moe_layers_idx", "9"], ConfigError),
         (["--max_stepz", "9"], ConfigError),
+        (["--gradient_checkpointing", "true"], ConfigError),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
