@@ -41,7 +41,7 @@ class TinyTower(Tower):
     def embed(self, payload):
         return payload["x"], payload["mask"]
 
-    def block(self, index, x_NLD, mask_NL=None, keys_values=None, context=None):
+    def block(self, index, x_NLD, mask_NL=None, keys_values=None, context=None, memory=None):
         query, key, value = self.mix[index](x_NLD).chunk(3, dim=-1)
         if keys_values is not None:
             key, value = (
@@ -214,7 +214,7 @@ def test_prefix_tokens_of_the_blank_row_are_not_routed(name, options):
     seen = []
 
     class Spy(TinyTower):
-        def block(self, index, x_NLD, mask_NL=None, keys_values=None, context=None):
+        def block(self, index, x_NLD, mask_NL=None, keys_values=None, context=None, memory=None):
             seen.append((x_NLD.shape[1], mask_NL))
             return super().block(index, x_NLD, mask_NL, keys_values, context)
 
