@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from launch import prepare_data
 from mm_moe.data.collate import Collator
@@ -13,6 +14,7 @@ from mm_moe.data.prepare import shards
 from mm_moe.data.prepare.mm_imdb import GENRES
 from mm_moe.data.sets.prepared import MmImdbData, PreparedData
 from mm_moe.data.streaming import SampleStream
+from mm_moe.data.table import import_legacy_table
 from mm_moe.errors import ConfigError, DataError
 from tests import raw_layouts
 from tests.raw_layouts import put, put_json
@@ -73,17 +75,34 @@ def test_plots_of_a_movie_lack_the_same(tmp_path):
     fates = set()
     for seed in range(12):
         protocol = MissingProtocol(dataset="m", split="s", kind="both", ratio=0.5, seed=seed)
-        collate = Collator(
-            modalities=("image", "text"),
-            processors={"image": lambda images: {}, "text": lambda texts: {}},
-            problem_type=source.problem_type,
-            num_labels=23,
-            missing=protocol,
-        )
-        present = collate(plots).present.tolist()
+        present = present_under(protocol, plots)
         assert present[0] == present[1]
         fates.add(tuple(present[0]))
     assert len(fates) == 3  # complete, no image, no text
+
+
+def present_under(missing, rows):
+    """What a collator leaves of some MM-IMDb rows."""
+    collate = Collator(
+        modalities=("image", "text"),
+        processors={"image": lambda images: {}, "text": lambda texts: {}},
+        problem_type="multi_label_classification",
+        num_labels=23,
+        missing=missing,
+    )
+    return collate(rows).present.tolist()
+
+
+def test_an_old_table_has_a_code_for_each_movie_not_for_each_plot(tmp_path):
+    raw = raw_layouts.mm_imdb(tmp_path / "raw")
+    source = run("mm_imdb", raw)
+    torch.save(torch.tensor([2.0, 1.0, 0.0]), tmp_path / "old.pt")  # no image, no text, complete
+    movies = json.loads((raw / "split.json").read_text())["train"]
+    table = import_legacy_table(tmp_path / "old.pt", ids=movies)
+    found = present_under(table, samples(source, "train"))
+    assert found == [[False, True], [False, True], [True, False], [True, False]]
+    words = "66.7% = 66.7% of samples lack something: 33.3% no text, 33.3% no image"
+    assert table.describe() == words
 
 
 # ---- Food-101 and Hateful Memes --------------------------------------------------------------
