@@ -15,9 +15,20 @@ _SHARED_KEYS = {
     "gradient_clipping": "max_grad_norm",
 }
 
+# What a file that does not mention them gets: flags rule, and the optimizer is the trainer's own.
+_DEFAULTS = {
+    **dict.fromkeys((*_SHARED_KEYS, "train_batch_size"), "auto"),
+    "bf16": {"enabled": "auto"},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
 
 def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
-    """Load a DeepSpeed JSON file.
+    """Load a DeepSpeed JSON file, and fill in what it leaves out.
+
+    DeepSpeed has defaults of its own: without `gradient_clipping` it clips at 1.0, whatever
+    `--max_grad_norm` says.
 
     Raises:
         ConfigError: no such file, not JSON (with line and column), or not an object.
@@ -39,7 +50,7 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"--deepspeed {str(path)!r} is not valid JSON: {where}.") from error
     if not isinstance(config, dict):
         raise ConfigError(f"--deepspeed {str(path)!r} must hold a JSON object.")
-    return config
+    return {**_DEFAULTS, **config}
 
 
 def check_deepspeed_config(

@@ -49,7 +49,12 @@ def test_bytes_and_values_that_are_no_object(tmp_path, content, words):
 def test_a_good_file_is_read(tmp_path):
     file = tmp_path / "good.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
-    assert read_deepspeed_config(file) == {"zero_optimization": {"stage": 1}}
+    config = read_deepspeed_config(file)
+    assert config["zero_optimization"] == {"stage": 1}
+    assert config["gradient_clipping"] == "auto"  # DeepSpeed would clip at 1.0 of its own accord
+    assert config["bf16"] == {"enabled": "auto"}
+    file.write_text(json.dumps({"gradient_clipping": 0.5}))
+    assert read_deepspeed_config(file)["gradient_clipping"] == 0.5
 
 
 @pytest.mark.parametrize("config", [{}, {"zero_optimization": {"stage": 2}}])
