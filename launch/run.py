@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from launch import checks, moe_flags
+from launch import checks, model_flags, moe_flags
 from launch.assemble import Run, for_comparison, prepare_run
 from launch.cli import RecipeParser, Settings
 from launch.finish import finish_run, write_run_file
@@ -130,6 +130,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     Returns:
         The data set and the verified checkpoint to resume from, if any.
     """
+    model_flags.settle_model(values, argv)
     checks.check_names(values)
     checks.check_json(values)
     checks.in_range(values)

@@ -87,6 +87,13 @@ class ModelArguments:
     backbone_config: str | None = field(
         default=None, metadata={"help": "JSON object that overrides the backbone's configuration."}
     )
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "An open_clip model such as ViT-B-16: short for --backbone open_clip and "
+            "--backbone_config '{\"model\": ...}'; --pretrained is then a tag or a file."
+        },
+    )
     tokenizer: str | None = field(
         default=None,
         metadata={

@@ -88,6 +88,12 @@ class OpenClipBackbone(Backbone):
             clip = open_clip.create_model(name, pretrained=None if folder else pretrained)
         except (RuntimeError, OSError, ValueError, KeyError) as error:
             text = (str(error).splitlines() or [type(error).__name__])[0]
+            if pretrained in open_clip.list_pretrained_tags_by_model(name):
+                raise CheckpointError(
+                    f"the weights {pretrained!r} of {name!r} are not on this machine and could not "
+                    "be fetched; fetch their file where there is a network and give it, as "
+                    "--pretrained FILE."
+                ) from error
             raise CheckpointError(
                 f"no weights {pretrained!r} for the open_clip model {name!r} ({text}); tags: "
                 f"{', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}, or a file."
