@@ -98,6 +98,12 @@ class Prompt(nn.Module):
         others = [i for i in range(len(self.modalities)) if i != m]
         return pattern_index(present_BM[rows_N][:, others])
 
+    def full_patterns(self, m: int) -> Tensor:
+        """Pattern index (2 ** (M - 1),) of each row of modality m's table: bit m put back, set."""
+        others_K = torch.arange(self.num_patterns)
+        low_K = others_K % 2**m
+        return low_K + 2**m + (others_K - low_K) * 2
+
     @property
     def num_patterns(self) -> int:
         """Rows of a modality's table: patterns in which the modality is present.

@@ -43,11 +43,12 @@ class CorrelatedPrompt(Prompt):
         common_width: C.
         hidden: inner width of the generators of the correlated group.
         common_hidden: inner width of the generators of the common group.
+        correlated: keep the correlated group.
         dynamic: keep the dynamic group.
         common: keep the modal-common group.
 
     Raises:
-        ConfigError: numbers that are not positive, or more layers than blocks.
+        ConfigError: numbers that are not positive, more layers than blocks, or every group off.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class CorrelatedPrompt(Prompt):
         common_width: int = 512,
         hidden: int = 80,
         common_hidden: int = 32,
+        correlated: bool = True,
         dynamic: bool = True,
         common: bool = True,
     ) -> None:
@@ -77,6 +79,8 @@ class CorrelatedPrompt(Prompt):
                 f"prompt length ({length}), common_width ({common_width}), hidden ({hidden}) and "
                 f"common_hidden ({common_hidden}) must be positive."
             )
+        if not (correlated or dynamic or common):
+            raise ConfigError("every group of the correlated prompt is off; use prompt 'none'.")
         self.length = length
         total = sum(widths[name] for name in modalities)
         num_present = 2 ** len(modalities) - 1
@@ -87,11 +91,12 @@ class CorrelatedPrompt(Prompt):
         self.common_generators = nn.ModuleDict()
         for name in modalities:
             width = widths[name]
-            self.states[name] = nn.Parameter(torch.empty(2, length, width))
-            self.norms[name] = nn.ModuleList(nn.LayerNorm(total) for _ in range(self.layers))
-            self.generators[name] = nn.ModuleList(
-                _generator(total, hidden, width) for _ in range(self.layers)
-            )
+            if correlated:
+                self.states[name] = nn.Parameter(torch.empty(2, length, width))
+                self.norms[name] = nn.ModuleList(nn.LayerNorm(total) for _ in range(self.layers))
+                self.generators[name] = nn.ModuleList(
+                    _generator(total, hidden, width) for _ in range(self.layers)
+                )
             if dynamic:
                 self.queries[name] = nn.Parameter(torch.empty(num_present, length, width))
             if common:
@@ -127,11 +132,13 @@ class CorrelatedPrompt(Prompt):
         return edits
 
     def correlated(self) -> dict[str, list[Tensor]]:
-        """Modality -> tokens (Q, n, D) of each prompted block, for every pattern.
+        """Modality -> tokens (Q, n, D) of each prompted block, for every pattern; none if off.
 
         A tower's tokens depend on all modalities' tables, those of absent ones too: what is missing
         shapes the prompt of what is there.
         """
+        if not self.states:
+            return {name: [] for name in self.modalities}
         device = next(self.parameters()).device
         pattern_Q = torch.arange(1, 2 ** len(self.modalities), device=device)
         current = {
@@ -200,15 +207,15 @@ class CorrelatedEdit(Edit):
         self, layer: int, x_NLD: Tensor, mask_NL: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Prepend all groups at block 0, then overwrite the correlated group."""
+        if layer == 0:
+            groups = [tokens_NnD.to(x_NLD.dtype) for tokens_NnD in self.blocks[:1]]
+            if self.common_NnD is not None:
+                groups.append(self.common_NnD.to(x_NLD.dtype))
+            if self.attention is not None:
+                groups.append(self.attention(self.query_NnD, x_NLD, mask_NL))
+            self.prefix = sum(group.shape[1] for group in groups)
+            return torch.cat([*groups, x_NLD], dim=1), extend_mask(mask_NL, self.prefix)
         if layer >= len(self.blocks):
             return x_NLD, mask_NL
         tokens_NnD = self.blocks[layer].to(x_NLD.dtype)
-        if layer > 0:
-            return torch.cat([tokens_NnD, x_NLD[:, tokens_NnD.shape[1] :]], dim=1), mask_NL
-        groups = [tokens_NnD]
-        if self.common_NnD is not None:
-            groups.append(self.common_NnD.to(x_NLD.dtype))
-        if self.attention is not None:
-            groups.append(self.attention(self.query_NnD, x_NLD, mask_NL))
-        self.prefix = sum(group.shape[1] for group in groups)
-        return torch.cat([*groups, x_NLD], dim=1), extend_mask(mask_NL, self.prefix)
+        return torch.cat([tokens_NnD, x_NLD[:, tokens_NnD.shape[1] :]], dim=1), mask_NL

@@ -2,8 +2,7 @@
 
 Source: Lee et al., "Multimodal Prompting with Missing Modalities for Visual Recognition", CVPR
 2023. There one encoder reads both modalities; here each tower has its own sets. We start from small
-noise, theirs from zeros with one row of ones, and take half of the blocks where theirs takes 6 of
-12.
+noise (theirs: `init="one_hot"`) and take half of the blocks where theirs takes 6 of 12.
 
 Axes: N packed rows, L tokens, D width, P prompt tokens, K patterns, S prompted blocks.
 """
@@ -19,6 +18,7 @@ from mm_moe.errors import ConfigError
 from prompts.base import Edit, Prompt, extend_mask
 
 MODES = ("input", "attention")
+INITS = ("noise", "one_hot")
 
 
 class MissingAwarePrompt(Prompt):
@@ -32,10 +32,13 @@ class MissingAwarePrompt(Prompt):
         mode: "input" prepends P tokens at each prompted block and keeps them, so that the sequence
             grows by P each time; "attention" gives the block P / 2 keys and P / 2 values instead.
         layers: how many of the first blocks are prompted; None means half of them.
-        std: standard deviation of the initial values.
+        init: "noise", or the source's "one_hot": zeros, but ones in the token whose place is the
+            pattern (0 complete, 1 first modality missing, 2 the second, 3 both, ...; places wrap
+            around at P), and in attention mode in the same place of keys and of values.
+        std: standard deviation of the noise.
 
     Raises:
-        ConfigError: an unknown mode, an odd length in attention mode, or more layers than blocks.
+        ConfigError: an unknown mode or init, an odd length in attention mode, or more layers than blocks.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class MissingAwarePrompt(Prompt):
         length: int = 16,
         mode: str = "input",
         layers: int | None = None,
+        init: str = "noise",
         std: float = 0.02,
     ) -> None:
         super().__init__(widths=widths, num_blocks=num_blocks, modalities=modalities)
@@ -57,7 +61,10 @@ class MissingAwarePrompt(Prompt):
                 f"prompt length ({length}) must be positive, and even in attention mode (half "
                 f"keys, half values); try length={max(2, length + length % 2)}."
             )
+        if init not in INITS:
+            raise ConfigError(f"prompt init {init!r} is unknown; known: {', '.join(INITS)}.")
         self.mode = mode
+        self.init = init
         self.length = length
         self.std = std
         self.tables = nn.ParameterDict()
@@ -73,9 +80,19 @@ class MissingAwarePrompt(Prompt):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Small noise."""
-        for table_KSPD in self.tables.values():
-            nn.init.normal_(table_KSPD, std=self.std)
+        """Small noise, or ones in the place of each pattern."""
+        for m, table_KSPD in enumerate(self.tables.values()):
+            if self.init == "noise":
+                nn.init.normal_(table_KSPD, std=self.std)
+                continue
+            nn.init.zeros_(table_KSPD)
+            groups = 2 if self.mode == "attention" else 1
+            size = self.length // groups
+            complete = 2 ** len(self.modalities) - 1
+            for k, pattern in enumerate(self.full_patterns(m).tolist()):
+                for group in range(groups):
+                    place = group * size + (complete - pattern) % size
+                    nn.init.ones_(table_KSPD[k, :, place])
 
     def start(self, present_BM: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Edit]:
         """Gather each row's tokens by its pattern."""

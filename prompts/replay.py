@@ -106,7 +106,9 @@ class ReplayPrompt(Prompt):
         terms = []
         for m, name in enumerate(self.modalities):
             tower = self._tower(name)
-            shared_KnD = tower.from_shared(self.shared_KnC[self._full_patterns(m) - 1])
+            shared_KnD = tower.from_shared(
+                self.shared_KnC[self.full_patterns(m).to(self.shared_KnC.device) - 1]
+            )
             private_KnD = F.normalize(tower.private_KnD, dim=-1)
             cosine_Knn = private_KnD @ F.normalize(shared_KnD, dim=-1).transpose(1, 2)
             terms.append(cosine_Knn.square().mean())
@@ -114,10 +116,3 @@ class ReplayPrompt(Prompt):
 
     def _tower(self, name: str) -> TowerReplay:
         return self.towers[name]  # type: ignore[return-value]
-
-    def _full_patterns(self, m: int) -> Tensor:
-        """Pattern index (2 ** (M - 1),) of each row of modality m's table: bit m put back, set."""
-        device = next(self.parameters()).device
-        others_K = torch.arange(self.num_patterns, device=device)
-        low_K = others_K % 2**m
-        return low_K + 2**m + (others_K - low_K) * 2

@@ -15,8 +15,8 @@ torch.set_num_threads(1)
 WIDTHS = {"a": 8, "b": 12, "c": 16}
 BLOCKS = {"a": 4, "b": 4, "c": 5}
 VARIANTS = {
-    "correlated": [{"dynamic": False}, {"common": False, "layers": 3}],
-    "missing_aware": [{"mode": "attention"}, {"layers": 1, "length": 2}],
+    "correlated": [{"dynamic": False}, {"common": False, "layers": 3}, {"correlated": False}],
+    "missing_aware": [{"mode": "attention", "init": "one_hot"}, {"layers": 1, "length": 2}],
     "replay": [
         {"aggregation": "attention"},
         {"aggregation": "mean", "gated": False},

@@ -48,7 +48,11 @@ def test_dynamic_tokens_see_real_tokens_only():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"layers": 5}, r"\(5\) must lie between 1 and 4"), ({"hidden": 0}, r"hidden \(0\)")],
+    [
+        ({"layers": 5}, r"\(5\) must lie between 1 and 4"),
+        ({"hidden": 0}, r"hidden \(0\)"),
+        ({"correlated": False, "dynamic": False, "common": False}, "every group"),
+    ],
 )
 def test_wrong_options_give_numbers(options, message):
     with pytest.raises(ConfigError, match=message):

@@ -44,9 +44,20 @@ def test_attention_mode_halves_the_tokens():
     assert edit.prefix == 0
 
 
+def test_the_sources_start_marks_the_pattern():
+    tables = MissingAwarePrompt(**PAIR, length=4, init="one_hot").tables
+    # rows: 0 the other one is missing, 1 complete; a lacks b: place 2, b lacks a: place 1
+    assert tables["a"][0, 0, :, 0].tolist() == [0, 0, 1, 0]
+    assert tables["b"][0, 1, :, 1].tolist() == [0, 1, 0, 0]
+    assert tables["a"][1, 0, :, 0].tolist() == tables["b"][1, 0, :, 0].tolist() == [1, 0, 0, 0]
+    halves = MissingAwarePrompt(**PAIR, length=6, mode="attention", init="one_hot").tables["a"]
+    assert halves[0, 0, :, 0].tolist() == [0, 0, 1, 0, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"init": "zeros"}, "known: noise, one_hot"),
         ({"mode": "output"}, "known: input, attention"),
         ({"mode": "attention", "length": 5}, r"length \(5\).*try length=6"),
         ({"layers": 5}, r"layers \(5\).*4 blocks of the a tower"),

@@ -117,7 +117,7 @@ def test_patterns_find_their_rows():
     # of b: the other two in binary, a is the low bit
     assert prompt.pattern_rows("b", present, torch.arange(3)).tolist() == [3, 1, 2]
     # and back, with b's own bit (2) set: a c absent, a there, c there, both
-    assert prompt._full_patterns(1).tolist() == [0b010, 0b011, 0b110, 0b111]
+    assert prompt.full_patterns(1).tolist() == [0b010, 0b011, 0b110, 0b111]
     assert prompt.shared_KnC.shape[0] == 7
 
 
