@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from mm_moe.moe.parallel import make_expert_parallel
 from mm_moe.registry import BACKBONES, OBJECTIVES
 from mm_moe.training import runtime
 from mm_moe.training.trainer import MultimodalTrainer
+
+INITIAL_BATCH = 32  # samples that are embedded at once to start a prompt
 
 
 def moe_settings(moe: Any) -> dict[str, Any] | None:
@@ -178,6 +181,27 @@ class Run:
             epochs=None,
         )
 
+    def initialise_prompt(self) -> None:
+        """Start a prompt that asks for it from the first training samples, the same on all ranks.
+
+        Their number and order do not depend on the number of processes.
+        """
+        wanted, training = self.model.prompt.initial_samples, self.settings.training
+        if not wanted:
+            return
+        stream = SampleStream(
+            self.source,
+            split=self.settings.data.train_split,
+            batch_size=1,
+            seed=training.data_seed if training.data_seed is not None else training.seed,
+            shuffle_buffer=self.settings.data.shuffle_buffer,
+            epochs=1,
+        )
+        samples = list(itertools.islice(stream, wanted))
+        starts, collator = range(0, len(samples), INITIAL_BATCH), self.train_collator()
+        set_seed(training.seed)
+        self.model.initialise_prompt(collator(samples[i : i + INITIAL_BATCH]) for i in starts)
+
     def validation_scores(self) -> dict[str, float]:
         """Scores of the validation split by condition and metric. A collective."""
         data = self.settings.data
@@ -229,6 +253,7 @@ def prepare_run(
         max_bad_samples=settings.data.max_bad_samples,
     )
     run = Run(settings, source, model, scorer)
+    run.initialise_prompt()
     objective = OBJECTIVES.resolve(settings.run.objective)(problem_type=source.problem_type)
     collator = run.train_collator()
     runtime.allow_another_trainer()

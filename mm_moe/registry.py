@@ -103,6 +103,8 @@ PROMPTS = Registry(
         "missing_aware": "prompts.missing_aware:MissingAwarePrompt",
         "correlated": "prompts.correlated:CorrelatedPrompt",
         "replay": "prompts.replay:ReplayPrompt",
+        "rep_code": "prompts.rep_code:RepCodePrompt",
+        "rep_fixed": "prompts.rep_fixed:RepFixedPrompt",
     },
 )
 DATASETS = Registry(

@@ -50,7 +50,12 @@ class Prompt(nn.Module):
         widths: modality -> D of its tower.
         num_blocks: modality -> number of blocks of its tower.
         modalities: the model's modalities in their fixed order.
+
+    Attributes:
+        initial_samples: training samples that `initialise` wants to see; 0 when it needs none.
     """
+
+    initial_samples: int = 0
 
     def __init__(
         self,
@@ -88,6 +93,32 @@ class Prompt(nn.Module):
                 the training rows. The same on every process.
         """
 
+    def anchor(self, vectors: Mapping[str, Tensor]) -> None:
+        """Start the prompt from its towers; called once more whenever their weights are replaced.
+
+        Args:
+            vectors: modality -> (D,), embedding of the token that the tower's feature is read from;
+                towers without such a token are left out.
+        """
+
+    def depth(self, layers: int | None) -> int:
+        """How many of the first blocks of every tower are prompted.
+
+        Args:
+            layers: as asked for; None means half of the blocks of the shallowest tower.
+
+        Raises:
+            ConfigError: fewer than none or more than the shallowest tower has.
+        """
+        shallowest = min(self.num_blocks[name] for name in self.modalities)
+        depth = max(1, shallowest // 2) if layers is None else layers
+        if not 0 <= depth <= shallowest:
+            raise ConfigError(
+                f"prompt layers ({depth}) must lie between 0 (no prompt) and {shallowest}, the "
+                "blocks of the shallowest tower."
+            )
+        return depth
+
     def pattern_rows(self, modality: str, present_BM: Tensor, rows_N: Tensor) -> Tensor:
         """Row (N,) of each packed sample in a modality's table of 2 ** (M - 1) patterns.
 
@@ -100,7 +131,7 @@ class Prompt(nn.Module):
 
     def full_patterns(self, m: int) -> Tensor:
         """Pattern index (2 ** (M - 1),) of each row of modality m's table: bit m put back, set."""
-        others_K = torch.arange(self.num_patterns)
+        others_K = torch.arange(self.num_patterns, device="cpu")  # also where weights are on "meta"
         low_K = others_K % 2**m
         return low_K + 2**m + (others_K - low_K) * 2
 

@@ -39,7 +39,7 @@ class CorrelatedPrompt(Prompt):
         modalities: in their fixed order.
         length: n, tokens of each of the three groups.
         layers: how many of the first blocks get new correlated tokens; None means half of the
-            blocks of the shallowest tower.
+            blocks of the shallowest tower, 0 no prompt at all.
         common_width: C.
         hidden: inner width of the generators of the correlated group.
         common_hidden: inner width of the generators of the common group.
@@ -67,19 +67,15 @@ class CorrelatedPrompt(Prompt):
         common: bool = True,
     ) -> None:
         super().__init__(widths=widths, num_blocks=num_blocks, modalities=modalities)
-        shallowest = min(num_blocks[name] for name in modalities)
-        self.layers = max(1, shallowest // 2) if layers is None else layers
-        if not 1 <= self.layers <= shallowest:
-            raise ConfigError(
-                f"prompt layers ({self.layers}) must lie between 1 and {shallowest}, the blocks of "
-                "the shallowest tower."
-            )
+        self.layers = self.depth(layers)
+        if not self.layers:
+            correlated = dynamic = common = False
         if min(length, common_width, hidden, common_hidden) < 1:
             raise ConfigError(
                 f"prompt length ({length}), common_width ({common_width}), hidden ({hidden}) and "
                 f"common_hidden ({common_hidden}) must be positive."
             )
-        if not (correlated or dynamic or common):
+        if self.layers and not (correlated or dynamic or common):
             raise ConfigError("every group of the correlated prompt is off; use prompt 'none'.")
         self.length = length
         total = sum(widths[name] for name in modalities)
@@ -118,6 +114,8 @@ class CorrelatedPrompt(Prompt):
 
     def start(self, present_BM: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Edit]:
         """Generate every pattern's tokens and gather each row's."""
+        if not self.layers:
+            return {}
         correlated = self.correlated()
         edits: dict[str, Edit] = {}
         for name, rows_N in rows.items():

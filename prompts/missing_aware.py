@@ -31,14 +31,16 @@ class MissingAwarePrompt(Prompt):
         length: P, tokens per prompted block.
         mode: "input" prepends P tokens at each prompted block and keeps them, so that the sequence
             grows by P each time; "attention" gives the block P / 2 keys and P / 2 values instead.
-        layers: how many of the first blocks are prompted; None means half of them.
+        layers: how many of the first blocks are prompted; None means half of them,
+            0 none.
         init: "noise", or the source's "one_hot": zeros, but ones in the token whose place is the
             pattern (0 complete, 1 first modality missing, 2 the second, 3 both, ...; places wrap
             around at P), and in attention mode in the same place of keys and of values.
         std: standard deviation of the noise.
 
     Raises:
-        ConfigError: an unknown mode or init, an odd length in attention mode, or more layers than blocks.
+        ConfigError: an unknown mode or init, an odd length in attention mode, or more layers than
+            blocks.
     """
 
     def __init__(
@@ -70,11 +72,13 @@ class MissingAwarePrompt(Prompt):
         self.tables = nn.ParameterDict()
         for name in modalities:
             depth = max(1, num_blocks[name] // 2) if layers is None else layers
-            if not 1 <= depth <= num_blocks[name]:
+            if not 0 <= depth <= num_blocks[name]:
                 raise ConfigError(
-                    f"prompt layers ({depth}) must lie between 1 and the {num_blocks[name]} blocks "
-                    f"of the {name} tower."
+                    f"prompt layers ({depth}) must lie between 0 (no prompt) and the "
+                    f"{num_blocks[name]} blocks of the {name} tower."
                 )
+            if depth == 0:
+                continue
             shape = (self.num_patterns, depth, length, widths[name])
             self.tables[name] = nn.Parameter(torch.empty(shape))
         self.reset_parameters()
@@ -100,6 +104,7 @@ class MissingAwarePrompt(Prompt):
         return {
             name: kind(self.tables[name][self.pattern_rows(name, present_BM, rows_N)])
             for name, rows_N in rows.items()
+            if name in self.tables
         }
 
 

@@ -54,6 +54,7 @@ class ReplayPrompt(Prompt):
     ) -> None:
         super().__init__(widths=widths, num_blocks=num_blocks, modalities=modalities)
         self.options = ReplayOptions.from_dict(options)
+        self.initial_samples = self.options.initial_samples
         self.towers = nn.ModuleDict(
             {
                 name: TowerReplay(

@@ -35,6 +35,8 @@ class ReplayOptions:
         noise: spread of the buffers around the task's mean token, relative to the tokens' spread;
             before `initialise` has seen the task, standard deviation around zero.
         orthogonality_coef: weight of the loss that keeps private and shared buffers apart.
+        initial_samples: start both buffers around the mean first token of so many training samples
+            (the source's task-aware initialisation); 0 starts them around zero.
     """
 
     length: int = 4
@@ -52,6 +54,7 @@ class ReplayOptions:
     bottleneck: int = 4
     noise: float = 0.2
     orthogonality_coef: float = 0.1
+    initial_samples: int = 0
 
     def __post_init__(self) -> None:
         for name in ("length", "shared_width", "bottleneck"):
@@ -68,6 +71,10 @@ class ReplayOptions:
             raise ConfigError(
                 f"prompt noise ({self.noise}) must be positive and orthogonality_coef "
                 f"({self.orthogonality_coef}) not negative."
+            )
+        if self.initial_samples < 0:
+            raise ConfigError(
+                f"prompt initial_samples ({self.initial_samples}) must not be negative; 0 is off."
             )
         if not (self.private or self.shared or (self.replay and self.replay_tokens)):
             raise ConfigError("every part of the replay prompt is off; use prompt 'none'.")

@@ -153,6 +153,10 @@ class Tower(nn.Module, ABC):
     def blank(self) -> Payload:
         """A payload of one row, for a process whose batch has no row of this modality."""
 
+    def anchor(self) -> Tensor | None:
+        """Embedding (D,), without position, of the token that the feature is read from, if any."""
+        return None
+
     @abstractmethod
     def feed_forwards(self) -> list[tuple[nn.Module, str]]:
         """One (block module, attribute name) per block: where its feed-forward hangs."""

@@ -106,6 +106,10 @@ class ClipImageTower(ClipTower):
         """The class token, normalised and projected."""
         return self.projection(self.norm_out(x_NLD[:, prefix]))
 
+    def anchor(self) -> Tensor:
+        """The class token."""
+        return self.class_embedding.detach()
+
     def blank(self) -> Payload:
         """One black image."""
         weight = self.patch_embedding.weight
@@ -142,6 +146,11 @@ class ClipTextTower(ClipTower):
             end_N = (ids_NL == self.eos_token_id).int().argmax(-1)
         rows_N = torch.arange(len(ids_NL), device=ids_NL.device)
         return self.projection(self.norm_out(x_NLD[rows_N, end_N + prefix]))
+
+    def anchor(self) -> Tensor:
+        """The end-of-text token."""
+        end = -1 if self.eos_token_id == LEGACY_EOS else self.eos_token_id
+        return self.token_embedding.weight[end].detach()
 
     def blank(self) -> Payload:
         """A row that is only an end-of-text token."""

@@ -114,6 +114,10 @@ class OpenClipImageTower(OpenClipTower):
         pooled_ND, _ = self.visual._pool(x_NLD[:, prefix:])
         return pooled_ND @ self.visual.proj
 
+    def anchor(self) -> Tensor:
+        """The class token."""
+        return self.visual.class_embedding.detach()
+
     def blank(self) -> Payload:
         """One black image."""
         weight = self.visual.conv1.weight
@@ -162,6 +166,11 @@ class OpenClipTextTower(OpenClipTower):
         if isinstance(self.text_projection, nn.Linear):
             return self.text_projection(pooled_ND)
         return pooled_ND @ self.text_projection
+
+    def anchor(self) -> Tensor:
+        """The end-of-text token."""
+        end = self.eos_id if self.pool_type == "eos" else -1
+        return self.token_embedding.weight[end].detach()
 
     def blank(self) -> Payload:
         """A row of one token."""

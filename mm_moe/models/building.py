@@ -85,6 +85,7 @@ def _take_over(config: MultimodalMoEConfig, pretrained: str) -> MultimodalMoEMod
                 f"{_places(config)}): {name!r} differs. Ask for the same ones."
             )
     model.backbone.load_state_dict(weights)
+    model.anchor_prompt()
     if lora is None:
         return model
     config.lora = lora

@@ -84,6 +84,7 @@ class MultimodalMoEModel(PreTrainedModel):
         if config.lora is not None:
             add_lora(backbone, LoraSettings.from_dict(config.lora))
         self.prompt = self._new_prompt()
+        self.anchor_prompt()
         width = backbone.out_width * len(modalities)
         self.head = nn.Linear(width, config.num_labels) if config.num_labels else None
         self.logit_scale: nn.Parameter | None = None
@@ -186,6 +187,9 @@ class MultimodalMoEModel(PreTrainedModel):
                 raise CheckpointError(
                     f"the weights of {source!r}: {shape_difference(name, found, expected)}"
                 )
+        new = {name for name in info["missing_keys"] if name.startswith("prompt.")}
+        if new and len(new) == len(model.prompt.state_dict()):
+            model.anchor_prompt()
         return (model, info) if wants_info else model
 
     def _towers(self) -> list[tuple[str, Tower]]:
@@ -345,6 +349,14 @@ class MultimodalMoEModel(PreTrainedModel):
     def trainable_report(self) -> list[tuple[str, int]]:
         """(group, number of trainable values) for each group of parameters, 0 where frozen."""
         return trainable_counts(self, self._towers())
+
+    @torch.no_grad()
+    def anchor_prompt(self) -> None:
+        """Start the prompt from its towers; has to be repeated when their weights are replaced."""
+        anchors = {name: tower.anchor() for name, tower in self._towers()}
+        given = {name: anchor_D for name, anchor_D in anchors.items() if anchor_D is not None}
+        if not any(anchor_D.is_meta for anchor_D in given.values()):
+            self.prompt.anchor(given)
 
     @torch.no_grad()
     def initialise_prompt(self, batches: Iterable[Mapping[str, Any]]) -> None:

@@ -17,6 +17,8 @@ BLOCKS = {"a": 4, "b": 4, "c": 5}
 VARIANTS = {
     "correlated": [{"dynamic": False}, {"common": False, "layers": 3}, {"correlated": False}],
     "missing_aware": [{"mode": "attention", "init": "one_hot"}, {"layers": 1, "length": 2}],
+    "rep_code": [{"train_queries": True, "train_attention": True}, {"layers": 1, "dynamic": False}],
+    "rep_fixed": [{"private": False}, {"layers": 3, "shared": False, "attend_padding": True}],
     "replay": [
         {"aggregation": "attention"},
         {"aggregation": "mean", "gated": False},
@@ -102,7 +104,7 @@ def make(name, options, modalities):
         modalities=modalities,
         **options,
     )
-    return backbone, prompt
+    return backbone, prompt.eval()  # dropout would draw
 
 
 def encode(backbone, prompt, present_BM, inputs):
@@ -132,7 +134,7 @@ def test_after_one_step_every_parameter_has_a_gradient(name, options, modalities
     backbone, prompt = make(name, options, modalities)
     present = all_patterns(len(modalities))
     inputs = payloads(present, modalities)
-    parameters = dict(prompt.named_parameters())
+    parameters = {n: p for n, p in prompt.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(parameters.values(), lr=0.1) if parameters else None
     step(backbone, prompt, present, inputs, optimizer)
     step(backbone, prompt, present, inputs)
@@ -204,7 +206,7 @@ def test_a_process_without_a_modality_gets_every_gradient(name, options):
     loss = loss + sum(prompt.losses().values())
     if loss.requires_grad:
         loss.backward()
-    assert [n for n, p in prompt.named_parameters() if p.grad is None] == []
+    assert [n for n, p in prompt.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -225,6 +227,29 @@ def test_prefix_tokens_of_the_blank_row_are_not_routed(name, options):
     for length, mask_NL in seen:
         assert mask_NL.shape == (1, length)
         assert not mask_NL.any()
+
+
+NOTHING = {
+    "none": {},
+    "correlated": {"layers": 0},
+    "missing_aware": {"layers": 0},
+    "rep_code": {"layers": 0},
+    "rep_fixed": {"layers": 0},
+    "replay": {"private": False, "shared": False},  # gates start closed
+}
+
+
+@pytest.mark.parametrize("modalities", [("a", "b"), ("a", "b", "c")])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_zero_prompts_are_the_plain_backbone_exactly(name, modalities):
+    backbone, prompt = make(name, NOTHING[name], modalities)
+    present = all_patterns(len(modalities))
+    inputs = payloads(present, modalities)
+    _, nothing = make("none", {}, modalities)
+    plain = encode(backbone, nothing, present, inputs)
+    assert torch.equal(encode(backbone, prompt, present, inputs), plain)
+    if name != "replay":
+        assert list(prompt.parameters()) == []
 
 
 def randomise(prompt: nn.Module) -> None:

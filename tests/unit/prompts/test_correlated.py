@@ -49,7 +49,7 @@ def test_dynamic_tokens_see_real_tokens_only():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 5}, r"\(5\) must lie between 1 and 4"),
+        ({"layers": 5}, r"\(5\) must lie between 0 .no prompt. and 4"),
         ({"hidden": 0}, r"hidden \(0\)"),
         ({"correlated": False, "dynamic": False, "common": False}, "every group"),
     ],

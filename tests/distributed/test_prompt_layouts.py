@@ -1,0 +1,39 @@
+"""Prompts that start from the task's data, or from their towers: the same run on any layout."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.distributed.harness import run_distributed
+from tests.distributed.runs import column, train_here, write_recipe
+
+pytestmark = pytest.mark.distributed
+PROMPTS = {
+    "replay": {"initial_samples": 40},
+    "rep_code": {"dropout": 0.0, "hidden": 16, "common_width": 16},
+}
+
+
+def commands(folder, world):
+    return [
+        [
+            *("--config", write_recipe(folder), "--deepspeed", "ds_configs/zero2.json"),
+            *("--output_dir", str(folder / f"{name}-{world}"), "--max_steps", "4"),
+            *("--final_evaluation", "false", "--save_strategy", "no", "--ep_size", str(world)),
+            *("--prompt", name, "--prompt_config", json.dumps(options)),
+        ]
+        for name, options in PROMPTS.items()
+    ]
+
+
+def test_one_and_two_processes_take_the_same_steps(tmp_path):
+    one, two = (
+        run_distributed(train_here, world, commands(tmp_path, world), timeout_s=200)[0]
+        for world in (1, 2)
+    )
+    for name, a, b in zip(PROMPTS, one, two, strict=True):
+        assert len(column(a, "loss")) == 4
+        assert column(a, "loss") == pytest.approx(column(b, "loss"), rel=1e-4), name
+        assert column(a, "grad_norm") == pytest.approx(column(b, "grad_norm"), rel=1e-3), name
