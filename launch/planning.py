@@ -6,21 +6,17 @@ import copy
 import functools
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
 
-from launch.assemble import dense_model, learning_rate_scale, model_config
+from launch.assemble import learning_rate_scale
 from launch.cli import Settings
+from launch.plan_model import meta_model, shard, weightless_config
 from launch.scoring import num_outputs
-from mm_moe.backbones import blip2
-from mm_moe.backbones.library import first_line, json_fields
 from mm_moe.batch import TEXT
 from mm_moe.data.schema import DataSource
-from mm_moe.errors import CheckpointError, ConfigError
-from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.errors import ConfigError
 from mm_moe.models.modeling import MultimodalMoEModel
 from mm_moe.moe.layer import MoELayer, moe_layers
 from mm_moe.registry import BACKBONES, OBJECTIVES
@@ -70,52 +66,6 @@ class Machine:
         return self.gpu == CPU
 
 
-def weightless_config(settings: Settings, source: DataSource) -> MultimodalMoEConfig:
-    """The configuration that training ends up with, read without any weights.
-
-    Raises:
-        CheckpointError: no readable configuration under the name of the weights.
-    """
-    config = model_config(settings, source, prompt=settings.prompt.prompt)
-    name = settings.model.pretrained
-    if not name or name == "builtin" or Path(name).is_file() or config.backbone == "open_clip":
-        return config  # the shape comes from the settings
-    try:
-        fields, _ = PreTrainedConfig.get_config_dict(name)
-        own = fields.get("model_type") == MultimodalMoEConfig.model_type
-        library = None if own else AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"no configuration could be read from {name!r} ({first_line(error)}); "
-            "give a folder with config.json, or a Hub name."
-        ) from error
-    if library is None:
-        config.backbone_config = fields["backbone_config"]
-    elif config.backbone == "blip2":
-        found = json_fields(library, keep_kind=blip2.KINDS)
-        config.backbone_config = {**found, "freeze_vision": True, **config.backbone_config}
-    else:
-        config.backbone_config = json_fields(library)
-    return config
-
-
-def meta_model(settings: Settings, config: MultimodalMoEConfig) -> MultimodalMoEModel:
-    """The model as training builds it, without storage, with all experts."""
-    without = replace(settings, model=replace(settings.model, pretrained=None))
-    with torch.device("meta"):
-        return dense_model(without, copy.deepcopy(config))
-
-
-def shard(model: MultimodalMoEModel, *, ep_size: int) -> MultimodalMoEModel:
-    """A copy with the experts of one process, tagged as `make_expert_parallel` does."""
-    model = copy.deepcopy(model)
-    for layer in moe_layers(model).values():
-        layer.experts = layer.experts.slice(0, layer.num_experts // ep_size)
-        for parameter in layer.experts.parameters():
-            vars(parameter).update(allreduce=False, group_name=f"ep_size_{ep_size}")
-    return model
-
-
 @dataclass(frozen=True)
 class Texts:
     """Tokens of a text: padded length, and how many of them are real on average."""
@@ -163,7 +113,7 @@ class Planner:
 
     def _padded(self, wanted: int) -> int:
         room = self.needs.max_text_tokens
-        if TEXT in self.config.modalities and wanted > room:
+        if room and TEXT in self.config.modalities and wanted > room:
             raise ConfigError(
                 f"--text_tokens ({wanted}) cannot exceed the {room} positions of the text tower."
             )
@@ -208,6 +158,9 @@ class Planner:
             image_size=self.needs.image_size,
             outputs=num_outputs(self.source) if self.config.num_labels else 0,
             problem_type=self.source.problem_type,
+            sequences={
+                name: (needs.length, needs.width) for name, needs in self.needs.sequences.items()
+            },
             ep_size=self.ep_size,
             imbalance=self.machine.imbalance,
             half=self.half,
@@ -334,8 +287,10 @@ class Planner:
         found = {}
         for name in self.config.modalities:
             tower = self.model.backbone.towers[name]
-            if name == TEXT:
-                length: float = self.texts.real
+            if name in self.needs.sequences:
+                length: float = self.needs.sequences[name].length
+            elif name == TEXT:
+                length = self.texts.real
             else:
                 with torch.device("meta"):
                     length = tower.embed(tower.blank())[0].shape[1]  # type: ignore[operator]

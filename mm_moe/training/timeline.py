@@ -18,7 +18,7 @@ import functools
 import gc
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,7 @@ class Workload:
         imbalance: rows that this process receives, relative to an even share.
         half: bf16 weights and activations.
         grouped: experts run as grouped products, which keep the activated hidden values too.
+        sequences: modality -> (steps, width) of inputs that are feature sequences.
         keep_inputs: the float32 inputs stay beside their bf16 copy (training on the host).
         checkpointing: blocks are computed again in the backward pass.
     """
@@ -70,6 +71,7 @@ class Workload:
     imbalance: float = 1.0
     half: bool = False
     grouped: bool = False
+    sequences: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     keep_inputs: bool = False
     checkpointing: bool = False
 
@@ -300,7 +302,7 @@ def _record(
     model: nn.Module, objective: Objective, *, samples: int, rows: dict[str, int], load: Workload
 ) -> Recording:
     """One fake forward and backward pass; the model is used up."""
-    texts = rows.get(TEXT, 0)
+    texts = 0 if TEXT in load.sequences else rows.get(TEXT, 0)
     padding = round(texts * (load.text_tokens - load.real_text_tokens))
     marks: list[tuple[int, str]] = []
     gc.disable()  # a collection in the middle would move the moment at which bytes go
@@ -362,7 +364,14 @@ def _batch(samples: int, rows: dict[str, int], *, load: Workload) -> Batch:
     """A fake batch with these rows."""
     inputs: dict[str, dict[str, Tensor]] = {}
     for name, count in rows.items():
-        if name == IMAGE:
+        if name in load.sequences:
+            steps, width = load.sequences[name]
+            values = torch.empty(count, steps, width, dtype=torch.bfloat16 if load.half else None)
+            inputs[name] = {
+                "values": values,
+                "mask": torch.empty(count, steps, dtype=torch.bool),
+            }
+        elif name == IMAGE:
             pixels = torch.empty(count, 3, load.image_size, load.image_size)
             inputs[name] = {"pixel_values": pixels.bfloat16() if load.half else pixels}
             if load.keep_inputs:
