@@ -107,13 +107,15 @@ def report(planner: Planner, file: Path | None) -> None:
 def head(found: dict[str, Any]) -> list[str]:
     """What is planned."""
     rows = ", ".join(f"{count} {name}" for name, count in found["rows"].items())
-    texts = found["text_tokens"]
+    texts, words = found["text_tokens"], ""
+    if texts["padded"]:
+        words = f"; texts padded to {texts['padded']} tokens, {texts['real']:.4g} of them real"
     return [
         f"{found['processes']} process(es), {found['gpus_per_node']} per node, on {found['gpu']} "
         f"with {size(found['usable_memory'])} usable; experts over {found['ep_size']}; "
         f"{found['precision']}; {found['own_stage']}",
-        f"micro-batch {found['micro_batch']} x {found['accumulation']} accumulation; rows: {rows}; "
-        f"texts padded to {texts['padded']} tokens, {texts['real']:.4g} of them real",
+        f"micro-batch {found['micro_batch']} x {found['accumulation']} accumulation; rows: {rows}"
+        + words,
         *found["notes"],
     ]
 

@@ -15,6 +15,7 @@ from launch.cli import Settings
 from launch.plan_model import meta_model, shard, weightless_config
 from launch.scoring import num_outputs
 from mm_moe.batch import TEXT
+from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import ConfigError
 from mm_moe.models.modeling import MultimodalMoEModel
@@ -35,6 +36,7 @@ from mm_moe.training.zero_memory import Group, Overlay, ZeroSettings, optimizer_
 
 CPU = "cpu"
 GIB = 1 << 30
+DRAWS = 10_000  # samples from which the shares of missing modalities are counted
 PLAIN_ROUTER = "topk_softmax"
 PLANNED_ROUTERS = (PLAIN_ROUTER, "topk_sigmoid")  # what they choose does not change any shape
 STAGES = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-2 + offload")
@@ -139,14 +141,20 @@ class Planner:
 
     @functools.cached_property
     def missing(self) -> dict[str, float]:
-        """Modality -> share of the samples that lack it."""
-        kind, ratio = self.settings.data.missing_type, self.settings.data.missing_ratio
-        names = list(self.config.modalities)
-        shares = dict.fromkeys(names, 0.0)
-        for name in names if kind == "both" else [kind]:
-            if name in shares:
-                shares[name] = ratio / len(names) if kind == "both" else ratio
-        return shares
+        """Modality -> share of the samples that lack it, of many drawn as training draws them."""
+        data, names = self.settings.data, list(self.config.modalities)
+        protocol = MissingProtocol(
+            dataset="", split="", kind=data.missing_type, ratio=data.missing_ratio
+        )
+        present_BM = protocol.present([str(index) for index in range(DRAWS)], names)
+        lacking_M = 1 - present_BM.float().mean(0)
+        return dict(zip(names, lacking_M.tolist(), strict=True))
+
+    @property
+    def missing_ratio(self) -> float:
+        """Share of the samples that lack something."""
+        data = self.settings.data
+        return data.missing_ratio if data.missing_type != "none" else 0.0
 
     @functools.cached_property
     def workload(self) -> Workload:
@@ -235,7 +243,7 @@ class Planner:
 
     def rows(self, samples: int) -> dict[str, int]:
         """Rows of each modality in a micro-batch."""
-        return rows_of(samples, self.missing)
+        return rows_of(samples, self.missing, ratio=self.missing_ratio)
 
     def memory(self, samples: int, over: Overlay, timeline: Timeline | None = None) -> Memory:
         """Bytes of one process."""

@@ -71,7 +71,7 @@ def count_parameters(model: nn.Module) -> dict[str, ParameterCount]:
     return counts
 
 
-def rows_of(samples: int, missing: Mapping[str, float]) -> dict[str, int]:
+def rows_of(samples: int, missing: Mapping[str, float], *, ratio: float) -> dict[str, int]:
     """Rows of each modality in a micro-batch, as many as chance gives in hundreds of steps.
 
     The number of samples that lack something is taken 3 standard deviations below its mean, and
@@ -79,9 +79,9 @@ def rows_of(samples: int, missing: Mapping[str, float]) -> dict[str, int]:
 
     Args:
         samples: B.
-        missing: modality -> share of the samples that lack it; at most one each.
+        missing: modality -> share of the samples that lack it.
+        ratio: share of the samples that lack something.
     """
-    ratio = min(1.0, sum(missing.values()))
     mean, deviation = samples * ratio, math.sqrt(samples * ratio * (1 - ratio))
     lacking = max(0.0, mean - DEVIATIONS * deviation)
     return {

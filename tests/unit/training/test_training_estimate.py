@@ -106,10 +106,10 @@ def test_parameters_by_part():
 
 
 def test_rows_that_chance_gives():
-    assert rows_of(64, {"image": 0.0, "text": 0.0}) == {"image": 64, "text": 64}
+    assert rows_of(64, {"image": 0.0, "text": 0.0}, ratio=0) == {"image": 64, "text": 64}
     # 32 +- 4 lack something: at least 20 of them, half each
-    assert rows_of(64, {"image": 0.25, "text": 0.25}) == {"image": 54, "text": 54}
-    assert rows_of(64, {"image": 0.0, "text": 1.0}) == {"image": 64, "text": 1}
+    assert rows_of(64, {"image": 0.25, "text": 0.25}, ratio=0.5) == {"image": 54, "text": 54}
+    assert rows_of(64, {"image": 0.0, "text": 1.0}, ratio=1) == {"image": 64, "text": 1}
 
 
 def test_the_largest_batch_that_fits():
