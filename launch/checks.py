@@ -257,11 +257,7 @@ def check_supported(values: argparse.Namespace) -> None:
             "--load_best_model_at_end is not supported; publish a checkpoint of your choice with "
             "launch/export.py RUN --checkpoint checkpoint-N."
         )
-    if values.gradient_checkpointing:
-        raise ConfigError(
-            "--gradient_checkpointing is not supported by these models; take a smaller "
-            "--per_device_train_batch_size with --gradient_accumulation_steps."
-        )
+    _check_recompute(values)
     name = values.pretrained or ""
     looks_like_path = name.endswith((".safetensors", ".bin", ".pt")) or name.startswith(
         (".", "/", "~")
@@ -271,6 +267,19 @@ def check_supported(values: argparse.Namespace) -> None:
             f"--pretrained {name!r} does not exist; give a file or folder that does, a Hub name, "
             "builtin or none."
         )
+
+
+def _check_recompute(values: argparse.Namespace) -> None:
+    """Refuse options of activation checkpointing that the models do not honour."""
+    for flag in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        given = getattr(values, flag)
+        options = parse_json(flag, given) if isinstance(given, str) else given or {}
+        every = options.get("every_n_layers", 1)
+        if not (isinstance(every, int) and every >= 1) or set(options) - {"every_n_layers"}:
+            raise ConfigError(
+                f"--{flag} {json.dumps(options)}: only every_n_layers, a whole number from 1, is "
+                "supported; write '{\"every_n_layers\": 2}' or leave it out."
+            )
 
 
 def in_range(values: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ def work_out(planner: Planner) -> dict[str, Any]:
             "largest_micro_batch": planner.largest(over),
         }
     zero = planner.zero(planner.own_stage)
-    again = planner.timeline(checkpointing=True)
+    again = planner.timeline(recompute_every=1)
     saved = planner.memory(samples, planner.overlay(zero, again), again)
     traffic = planner.traffic(zero, samples)
     return {
@@ -50,7 +50,7 @@ def work_out(planner: Planner) -> dict[str, Any]:
         "parameters": {name: dataclasses.asdict(count) for name, count in planner.counts.items()},
         "own_stage": planner.own_stage,
         "memory": stages,
-        "with_gradient_checkpointing": _bytes(saved),
+        "with_activation_checkpointing": _bytes(saved),
         "host_bytes_while_building": planner.build_bytes,
         "traffic": {name: dataclasses.asdict(part) for name, part in traffic.items()},
         "flops_per_step": planner.flops(samples),
@@ -148,12 +148,12 @@ def memory(found: dict[str, Any]) -> list[str]:
         fits = "" if row["fits"] else "  does not fit"
         cells = "".join(f"{size(row[name]):>13}" for name in names)
         lines.append(f"{mark} {stage:20}{cells}{row['largest_micro_batch']:15,}{fits}")
-    again = found["with_gradient_checkpointing"]
+    again = found["with_activation_checkpointing"]
     own = found["memory"][found["own_stage"]]
     return [
         *lines,
         f"  at the moment that needs most ({own['when']}); * is the DeepSpeed file's stage",
-        f"  every block computed twice (gradient checkpointing): activations "
+        f"  every block computed twice (--activation_checkpointing): activations "
         f"{size(again['activations'])}, device {size(again['device'])}",
         f"  host memory of a process while it builds the model, all experts in float32: "
         f"{size(found['host_bytes_while_building'])}",

@@ -176,10 +176,18 @@ class Planner:
             keep_inputs=on_cpu,
         )
 
-    def timeline(self, *, checkpointing: bool = False) -> Timeline:
+    @property
+    def recompute_every(self) -> int:
+        """Blocks of which the flags have one computed again; 0 for none."""
+        training = self.settings.training
+        if not training.activation_checkpointing:
+            return 0
+        return (training.activation_checkpointing_kwargs or {}).get("every_n_layers", 1)
+
+    def timeline(self, *, recompute_every: int) -> Timeline:
         """Bytes of activations through a micro-batch."""
         objective = OBJECTIVES.resolve(self.settings.run.objective)
-        load = replace(self.workload, checkpointing=checkpointing)
+        load = replace(self.workload, recompute_every=recompute_every)
         return record_timeline(
             lambda: shard(self.stand_in, ep_size=self.ep_size),
             objective(problem_type=self.source.problem_type),
@@ -188,8 +196,8 @@ class Planner:
 
     @functools.cached_property
     def plain(self) -> Timeline:
-        """Without gradient checkpointing."""
-        return self.timeline()
+        """As the flags say."""
+        return self.timeline(recompute_every=self.recompute_every)
 
     def zero(self, stage: str) -> ZeroSettings:
         """The sharding of one of `STAGES`, with the buckets of the DeepSpeed file."""

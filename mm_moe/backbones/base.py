@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from mm_moe.backbones.recompute import recomputed, wants_recompute
 from mm_moe.backbones.weights import load_weights
 from mm_moe.errors import ConfigError
 from mm_moe.moe.context import TokenContext
@@ -194,6 +195,11 @@ class Backbone(nn.Module):
         super().__init__()
         self.modalities = check_modalities(modalities, self.supported)
         self.settings = dict(settings)
+        self.recompute_every = 0  # blocks; see `set_recompute`
+
+    def set_recompute(self, every: int) -> None:
+        """While training, keep the inputs only of every `every`-th block of a tower; 0 for none."""
+        self.recompute_every = every
 
     @classmethod
     def load(
@@ -268,7 +274,10 @@ class Backbone(nn.Module):
             if edit is not None:
                 x_NLD, mask_NL = edit.before(layer, x_NLD, mask_NL)
                 keys_values = edit.keys_values(layer)
-            x_NLD, record = tower.block(layer, x_NLD, mask_NL, keys_values, context, memory)
+            block: Callable[..., Any] = tower.block
+            if wants_recompute(self.recompute_every, layer, training=self.training):
+                block = recomputed(tower.block)
+            x_NLD, record = block(layer, x_NLD, mask_NL, keys_values, context, memory)
             if edit is not None:
                 x_NLD = edit.after(layer, x_NLD, mask_NL)
             if record is not None:

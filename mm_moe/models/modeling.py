@@ -68,6 +68,7 @@ class MultimodalMoEModel(PreTrainedModel):
     config_class = MultimodalMoEConfig
     main_input_name = "present"
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     backbone: Backbone
     prompt: Prompt
@@ -141,6 +142,23 @@ class MultimodalMoEModel(PreTrainedModel):
             for module in self.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]
         self.post_init()
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Any = None,
+        every_n_layers: int = 1,
+    ) -> None:
+        """What the library calls for `--activation_checkpointing`: our towers run the blocks.
+
+        Its function is not used: ours makes every rank's second pass complete (see `recomputed`).
+        """
+        self.backbone.set_recompute(every_n_layers if enable else 0)
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether blocks are computed again in the backward pass."""
+        return self.backbone.recompute_every > 0
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from mm_moe.batch import IMAGE, TEXT, Batch
@@ -59,7 +58,7 @@ class Workload:
         grouped: experts run as grouped products, which keep the activated hidden values too.
         sequences: modality -> (steps, width) of inputs that are feature sequences.
         keep_inputs: the float32 inputs stay beside their bf16 copy (training on the host).
-        checkpointing: blocks are computed again in the backward pass.
+        recompute_every: blocks of which one is computed again in the backward pass; 0 for none.
     """
 
     text_tokens: int
@@ -73,7 +72,7 @@ class Workload:
     grouped: bool = False
     sequences: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     keep_inputs: bool = False
-    checkpointing: bool = False
+    recompute_every: int = 0
 
 
 class Recorder(TorchDispatchMode):
@@ -355,9 +354,7 @@ def _materialise(model: nn.Module, *, load: Workload, rows: dict[str, int]) -> N
     vars(model)["_packed_rows"] = lambda present, inputs: {
         name: torch.arange(count) for name, count in rows.items()
     }
-    if load.checkpointing:
-        for tower in model.backbone.towers.values():  # type: ignore[union-attr, operator]
-            vars(tower)["block"] = functools.partial(checkpoint, tower.block, use_reentrant=False)
+    model.backbone.set_recompute(load.recompute_every)  # type: ignore[union-attr, operator]
 
 
 def _batch(samples: int, rows: dict[str, int], *, load: Workload) -> Batch:

@@ -64,6 +64,21 @@ def test_every_layout_follows_one_curve(runs, cell):
         assert result["scores"]["models"]["replay"][condition] == pytest.approx(metrics, abs=3e-3)
 
 
+def test_blocks_that_are_computed_twice_follow_the_same_curve(runs):
+    folder, found = runs
+    argv = command(
+        folder,
+        "recomputed",
+        ep_size=2,
+        more=(*LIGHT, "--activation_checkpointing", "true", "--router", "topk_softmax"),
+    )
+    result = run_distributed(train_here, 2, [argv], timeout_s=300)[0][0]
+    assert column(result, "loss") == column(found[(2, 2, "zero2")], "loss")
+    assert column(result, "moe/load_imbalance") == column(
+        found[(2, 2, "zero2")], "moe/load_imbalance"
+    )
+
+
 def test_the_curve_moves(runs):
     losses = column(runs[1][(1, 1, "zero2")], "loss")
     assert abs(losses[0] - losses[-1]) > 1e-3

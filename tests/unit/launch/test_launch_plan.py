@@ -34,7 +34,7 @@ def refused(program, *argv: str) -> tuple[type, str]:
         (["--missing_type", "sound"], ConfigError),
         (["--moe_layers_idx", "9"], ConfigError),
         (["--max_stepz", "9"], ConfigError),
-        (["--gradient_checkpointing", "true"], ConfigError),
+        (["--activation_checkpointing_kwargs", '{"offload": true}'], ConfigError),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
@@ -125,4 +125,4 @@ def test_rows_of_experts_leave_the_node(spread):
 
 def test_checkpointing_saves_activations(spread):
     kept = spread["memory"][spread["own_stage"]]["activations"]
-    assert spread["with_gradient_checkpointing"]["activations"] < kept
+    assert spread["with_activation_checkpointing"]["activations"] < kept
