@@ -182,7 +182,8 @@ class Planner:
         training = self.settings.training
         if not training.activation_checkpointing:
             return 0
-        return (training.activation_checkpointing_kwargs or {}).get("every_n_layers", 1)
+        options: Any = training.activation_checkpointing_kwargs or {}
+        return int(options.get("every_n_layers", 1))
 
     def timeline(self, *, recompute_every: int) -> Timeline:
         """Bytes of activations through a micro-batch."""

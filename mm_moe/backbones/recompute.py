@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 def recomputed(block: Callable[..., Any]) -> Callable[..., Any]:
     """A block that keeps its inputs only (activation checkpointing; Chen et al. 2016).
 
-    The second pass runs to its end: torch would stop as soon as it has what the backward pass needs,
-    which ranks with other rows may have at another place, and a rank that leaves out a collective
-    hangs the others. What the second pass returns (losses, counts) is seen by nobody.
+    The second pass runs to its end: torch would stop as soon as it has what the backward pass
+    needs, which ranks with other rows may have at another place, and a rank that leaves out a
+    collective hangs the others. What the second pass returns (losses, counts) is seen by nobody.
     """
 
     def run(*args: Any) -> Any:

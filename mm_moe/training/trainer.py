@@ -87,6 +87,7 @@ class MultimodalTrainer(Trainer):
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            generator=torch.Generator(),  # a loader's seed is not drawn from the model's generator
         )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:

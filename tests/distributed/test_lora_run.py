@@ -17,7 +17,7 @@ def test_adapters_train_alone_and_resume(tmp_path):
     recipe = write_recipe(tmp_path, RECIPE.replace("max_steps: 20", "max_steps: 6"))
     shared = [
         *("--config", recipe, "--deepspeed", "ds_configs/zero2.json", "--ep_size", "2"),
-        *("--lora_r", "2", "--unlock_blocks", "1", "--save_steps", "3"),
+        *("--lora_r", "2", "--lora_dropout", "0.1", "--unlock_blocks", "1", "--save_steps", "3"),
         *("--final_evaluation", "false", "--prompt", "none"),
     ]
     whole, again = tmp_path / "whole", tmp_path / "again"
