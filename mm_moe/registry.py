@@ -103,6 +103,7 @@ PROMPTS = Registry(
         "missing_aware": "prompts.missing_aware:MissingAwarePrompt",
         "correlated": "prompts.correlated:CorrelatedPrompt",
         "replay": "prompts.replay:ReplayPrompt",
+        "generative": "prompts.generative:GenerativePrompt",
         "rep_code": "prompts.rep_code:RepCodePrompt",
         "rep_fixed": "prompts.rep_fixed:RepFixedPrompt",
     },

@@ -53,9 +53,11 @@ class Prompt(nn.Module):
 
     Attributes:
         initial_samples: training samples that `initialise` wants to see; 0 when it needs none.
+        generates: whether `generate` gives tokens for the modalities that samples lack.
     """
 
     initial_samples: int = 0
+    generates: bool = False
 
     def __init__(
         self,
@@ -74,10 +76,27 @@ class Prompt(nn.Module):
 
         Args:
             present_BM: bool (B, M), which modalities each sample has.
-            rows: modality -> (N,) positions of its packed rows in the batch, N >= 1.
+            rows: modality -> (N,) positions of its packed rows in the batch, N >= 1, followed by
+                those of the samples for which its tokens are generated.
 
         Returns:
             One edit per modality of `rows`. Modalities left out are not edited.
+        """
+        raise NotImplementedError
+
+    def generate(
+        self, present_BM: Tensor, embedded: Mapping[str, tuple[Tensor, Tensor | None]]
+    ) -> dict[str, Tensor]:
+        """Tokens for the modalities that samples lack; called first, and only if `generates`.
+
+        Args:
+            present_BM: bool (B, M).
+            embedded: modality -> tokens (N, L, D) and mask (N, L) of its packed rows as they enter
+                block 0; one blank row where N would be 0. Without a mask every row has L tokens.
+
+        Returns:
+            Modality -> tokens (G, P, D), one row for each sample that lacks it, in order; P is L
+            where there is no mask.
         """
         raise NotImplementedError
 

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModel
 
 from mm_moe.backbones.attention import attend
 from mm_moe.backbones.base import Backbone, Payload, ProcessorNeeds, Tower, run_feed_forward
-from mm_moe.backbones.inputs import check_length, check_pixels
+from mm_moe.backbones.inputs import check_length, check_pixels, ends_last
 from mm_moe.backbones.library import (
     check_same_settings,
     json_fields,
@@ -106,6 +106,10 @@ class ClipImageTower(ClipTower):
         """The class token, normalised and projected."""
         return self.projection(self.norm_out(x_NLD[:, prefix]))
 
+    def stand_in(self, num_rows: int, length: int) -> Payload:
+        """Nothing: the class token's place is known."""
+        return {}
+
     def anchor(self) -> Tensor:
         """The class token."""
         return self.class_embedding.detach()
@@ -146,6 +150,12 @@ class ClipTextTower(ClipTower):
             end_N = (ids_NL == self.eos_token_id).int().argmax(-1)
         rows_N = torch.arange(len(ids_NL), device=ids_NL.device)
         return self.projection(self.norm_out(x_NLD[rows_N, end_N + prefix]))
+
+    def stand_in(self, num_rows: int, length: int) -> Payload:
+        """Texts that end at their last token."""
+        end = self.token_embedding.num_embeddings - 1
+        end = end if self.eos_token_id == LEGACY_EOS else self.eos_token_id
+        return {"input_ids": ends_last(num_rows, length, end, self.token_embedding.weight.device)}
 
     def anchor(self) -> Tensor:
         """The end-of-text token."""

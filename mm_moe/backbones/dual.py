@@ -70,9 +70,10 @@ class DualBackbone(Backbone):
         payload: Payload | None,
         edit: Edit | None = None,
         context: TokenContext | None = None,
+        generated_GPD: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, RoutingRecord]]:
         """The tower's features, projected; see `Backbone.encode`."""
-        feature_ND, records = super().encode(modality, payload, edit, context)
+        feature_ND, records = super().encode(modality, payload, edit, context, generated_GPD)
         return self.projections[modality](feature_ND), records
 
     @classmethod

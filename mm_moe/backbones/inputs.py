@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mm_moe.errors import ConfigError
@@ -24,3 +25,11 @@ def check_length(length: int, positions: int) -> None:
             f"a text of {length} tokens does not fit the text tower's {positions} positions; "
             f"use this model's own processor, or truncate to {positions}."
         )
+
+
+def ends_last(num_rows: int, length: int, end: int, device: torch.device) -> Tensor:
+    """Token ids (N, L) whose first and only end mark is the last token."""
+    other = 0 if end else 1
+    ids_NL = torch.full((num_rows, length), other, dtype=torch.long, device=device)
+    ids_NL[:, -1] = end
+    return ids_NL

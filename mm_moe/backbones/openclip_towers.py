@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mm_moe.backbones.attention import attend
 from mm_moe.backbones.base import Payload, Tower, run_feed_forward
 from mm_moe.backbones.block import Attention
-from mm_moe.backbones.inputs import check_length, check_pixels
+from mm_moe.backbones.inputs import check_length, check_pixels, ends_last
 from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import RoutingRecord
 
@@ -114,6 +114,10 @@ class OpenClipImageTower(OpenClipTower):
         pooled_ND, _ = self.visual._pool(x_NLD[:, prefix:])
         return pooled_ND @ self.visual.proj
 
+    def stand_in(self, num_rows: int, length: int) -> Payload:
+        """Nothing: every token is read."""
+        return {}
+
     def anchor(self) -> Tensor:
         """The class token."""
         return self.visual.class_embedding.detach()
@@ -166,6 +170,11 @@ class OpenClipTextTower(OpenClipTower):
         if isinstance(self.text_projection, nn.Linear):
             return self.text_projection(pooled_ND)
         return pooled_ND @ self.text_projection
+
+    def stand_in(self, num_rows: int, length: int) -> Payload:
+        """Texts that end at their last token."""
+        end = self.eos_id if self.pool_type == "eos" else self.token_embedding.num_embeddings - 1
+        return {"input_ids": ends_last(num_rows, length, end, self.token_embedding.weight.device)}
 
     def anchor(self) -> Tensor:
         """The end-of-text token."""

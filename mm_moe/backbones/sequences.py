@@ -165,6 +165,11 @@ class SequenceTower(Tower):
             "mask": torch.ones(1, 1, dtype=torch.bool, device=weight.device),
         }
 
+    def stand_in(self, num_rows: int, length: int) -> Payload:
+        """Rows whose steps are all real."""
+        device = self.project_in.weight.device
+        return {"mask": torch.ones(num_rows, length, dtype=torch.bool, device=device)}
+
     def feed_forwards(self) -> list[tuple[nn.Module, str]]:
         """`mlp` of every block."""
         return [(block, "mlp") for block in self.blocks]

@@ -21,6 +21,7 @@ from mm_moe.batch import pattern_index
 from mm_moe.errors import CheckpointError, ConfigError, DataError
 from mm_moe.models.adapters import LoraSettings, add_lora, merge_lora
 from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.models.generation import check_generates, generated_rows, generated_tokens
 from mm_moe.models.shapes import shape_difference
 from mm_moe.models.trainable import freeze_tower, trainable_counts
 from mm_moe.moe.context import TokenContext
@@ -40,7 +41,7 @@ class MultimodalMoEOutput(ModelOutput):
 
     Attributes:
         logits: (B, C), None without a head.
-        features: modality -> (B, D), zero rows where the modality is absent.
+        features: modality -> (B, D), zero rows where the modality is absent and not generated.
         losses: terms to add to the objective, coefficients applied: those of the routers averaged
             over the sparse layers, and those of the prompt.
         routing: "<modality>.<block>" -> record of each sparse layer.
@@ -85,6 +86,7 @@ class MultimodalMoEModel(PreTrainedModel):
         if config.lora is not None:
             add_lora(backbone, LoraSettings.from_dict(config.lora))
         self.prompt = self._new_prompt()
+        check_generates(self.prompt, backbone)
         self.anchor_prompt()
         width = backbone.out_width * len(modalities)
         self.head = nn.Linear(width, config.num_labels) if config.num_labels else None
@@ -236,21 +238,24 @@ class MultimodalMoEModel(PreTrainedModel):
                 interactions that are not one per sample.
         """
         rows = self._packed_rows(present, inputs)
-        contexts = self._contexts(present, interaction, rows)
-        edits = self._start_prompt(present, rows)
+        generated = generated_tokens(self.prompt, self.backbone, present, inputs)
+        lacking = generated_rows(generated, self.modalities, present)
+        contexts = self._contexts(present, interaction, rows, lacking)
+        edits = self._start_prompt(present, rows, lacking)
         features: dict[str, Tensor] = {}
         routing: dict[str, RoutingRecord] = {}
         for name in self.modalities:
             rows_N = rows[name]
             payload = inputs[name] if len(rows_N) else None
             feature_ND, records = self.backbone.encode(
-                name, payload, edits.get(name), contexts[name]
+                name, payload, edits.get(name), contexts[name], generated.get(name)
             )
+            blank = int(payload is None)
+            used_N = torch.cat([rows_N, lacking[name]])
             zeros_BD = feature_ND.new_zeros(len(present), feature_ND.shape[-1])
-            if payload is None:
-                features[name] = zeros_BD + 0 * feature_ND.sum()
-            else:
-                features[name] = zeros_BD.index_copy(0, rows_N, feature_ND)
+            features[name] = zeros_BD.index_copy(0, used_N, feature_ND[blank:])
+            if blank:
+                features[name] = features[name] + 0 * feature_ND[0].sum()
             routing.update(records)
         return MultimodalMoEOutput(
             logits=self._logits(features),
@@ -279,7 +284,11 @@ class MultimodalMoEModel(PreTrainedModel):
         return rows
 
     def _contexts(
-        self, present_BM: Tensor, interaction_B: Tensor | None, rows: dict[str, Tensor]
+        self,
+        present_BM: Tensor,
+        interaction_B: Tensor | None,
+        rows: dict[str, Tensor],
+        lacking: dict[str, Tensor],
     ) -> dict[str, TokenContext]:
         """What routers may know of each modality's rows.
 
@@ -299,17 +308,24 @@ class MultimodalMoEModel(PreTrainedModel):
             rows_N, interaction_N = rows[name], None
             if interaction_B is not None:
                 interaction_N = interaction_B[rows_N] if len(rows_N) else complete_1 * 0
+                interaction_N = torch.cat([interaction_N, interaction_B[lacking[name]]])
             combination_N = combination_B[rows_N] if len(rows_N) else complete_1
+            combination_N = torch.cat([combination_N, combination_B[lacking[name]]])
             contexts[name] = TokenContext(m, combination_N, interaction_N)
         return contexts
 
-    def _start_prompt(self, present_BM: Tensor, rows: dict[str, Tensor]) -> dict[str, Any]:
+    def _start_prompt(
+        self, present_BM: Tensor, rows: dict[str, Tensor], lacking: dict[str, Tensor]
+    ) -> dict[str, Any]:
         """The prompt's edits; a modality without rows gets those of an extra, complete sample."""
         complete_1M = present_BM.new_ones(1, present_BM.shape[1])
         extra_1 = torch.full((1,), len(present_BM), device=present_BM.device)
         return self.prompt.start(
             torch.cat([present_BM, complete_1M]),
-            {name: rows_N if len(rows_N) else extra_1 for name, rows_N in rows.items()},
+            {
+                name: torch.cat([rows_N if len(rows_N) else extra_1, lacking[name]])
+                for name, rows_N in rows.items()
+            },
         )
 
     def _logits(self, features: dict[str, Tensor]) -> Tensor | None:

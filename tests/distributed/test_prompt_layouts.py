@@ -12,6 +12,7 @@ from tests.distributed.runs import column, train_here, write_recipe
 pytestmark = pytest.mark.distributed
 PROMPTS = {
     "replay": {"initial_samples": 40},
+    "generative": {"steps": 4, "length": 4},
     "rep_code": {"dropout": 0.0, "hidden": 16, "common_width": 16},
 }
 

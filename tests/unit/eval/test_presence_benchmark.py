@@ -19,7 +19,12 @@ def test_skipping_a_missing_encoder_equals_running_it(prompt, moe):
     torch.manual_seed(0)
     model = build_model(
         MultimodalMoEConfig(
-            backbone_config=TINY, prompt=prompt, label_names=["x", "y", "z"], moe=moe
+            backbone_config=TINY,
+            prompt=prompt,
+            # a tower that gets generated tokens skips nothing
+            prompt_config={"generative": False} if prompt == "generative" else {},
+            label_names=["x", "y", "z"],
+            moe=moe,
         )
     )
     model = model.double().eval()
