@@ -6,6 +6,7 @@ N samples, M modalities.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -17,7 +18,7 @@ from eval.chance import chance
 from eval.metrics import has_label, headline, interval, scores
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import DataSource
-from mm_moe.errors import DataError
+from mm_moe.errors import ConfigError, DataError
 from mm_moe.training.predict import Predictions
 
 COMPLETE, MIXED = "complete", "mixed"
@@ -35,14 +36,14 @@ class ConditionScore:
         n: labelled samples that were scored.
         metrics: metric name -> value.
         chance: blind model -> metric name -> value (see `eval.chance.chance`).
-        interval: 95% bootstrap interval of the headline metric over the samples.
+        interval: 95% bootstrap interval of the headline metric over the samples; None: not asked.
     """
 
     condition: str
     n: int
     metrics: dict[str, float]
     chance: dict[str, dict[str, float]]
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
 
 
 def conditions(
@@ -77,6 +78,62 @@ def conditions(
     return table
 
 
+def parse_pattern(text: str) -> tuple[str, float]:
+    """The missing kind and ratio of "complete" (or "none") or "KIND:RATIO", as in "both:0.7".
+
+    Raises:
+        ConfigError: no such form, or a ratio outside [0, 1]. Whether the kind fits the data is for
+            `MissingProtocol.check_kind` to say.
+    """
+    if text in (COMPLETE, "none"):
+        return "none", 0.0
+    kind, colon, number = text.rpartition(":")
+    try:
+        ratio = float(number)
+    except ValueError:
+        ratio = math.nan
+    if not (colon and kind) or math.isnan(ratio):
+        raise ConfigError(
+            f"missing pattern {text!r} is neither {COMPLETE} nor KIND:RATIO; write both:0.7."
+        )
+    if not 0 <= ratio <= 1:
+        raise ConfigError(
+            f"missing pattern {text!r} has the ratio {number}, which must lie in [0, 1]: the share "
+            f"of samples that lack something; try {kind}:{min(max(ratio, 0), 1):g}."
+        )
+    return ("none", 0.0) if kind == "none" or ratio == 0 else (kind, ratio)
+
+
+def pattern_name(kind: str, ratio: float) -> str:
+    """The one way to write a pattern: "complete", "both:0.7"."""
+    return COMPLETE if kind == "none" or ratio == 0 else f"{kind}:{ratio:g}"
+
+
+def chosen_conditions(
+    patterns: Sequence[str],
+    *,
+    modalities: Sequence[str],
+    dataset: str,
+    split: str,
+    seed: int = 0,
+) -> dict[str, MissingProtocol | None]:
+    """The test conditions that a user named, instead of those of `conditions`.
+
+    Returns:
+        Name of the pattern -> protocol, each once; None leaves every sample as it is.
+
+    Raises:
+        ConfigError: a pattern is malformed, or its kind does not fit the modalities.
+    """
+    table: dict[str, MissingProtocol | None] = {}
+    for kind, ratio in map(parse_pattern, patterns):
+        protocol = MissingProtocol(kind=kind, ratio=ratio, dataset=dataset, split=split, seed=seed)
+        protocol.check_kind(modalities)
+        name = pattern_name(kind, ratio)
+        table[name] = None if name == COMPLETE else protocol
+    return table
+
+
 def evaluate_conditions(
     predict: Predict,
     *,
@@ -87,6 +144,9 @@ def evaluate_conditions(
     ratio: float,
     split: str = "test",
     seed: int = 0,
+    patterns: Sequence[str] | None = None,
+    num_resamples: int = 500,
+    keep: Callable[[str, Predictions], None] | None = None,
 ) -> list[ConditionScore]:
     """Score one model under all test conditions.
 
@@ -100,11 +160,19 @@ def evaluate_conditions(
         ratio: share of samples that lack something in the mixed condition.
         split: the split to score.
         seed: seed of the masks.
+        patterns: the conditions, in the words of `parse_pattern`, instead of those of `conditions`.
+        num_resamples: of the bootstrap interval; 0 leaves it out.
+        keep: called with each condition and its predictions.
 
     Raises:
+        ConfigError: a pattern that does not fit the data.
         DataError: a condition leaves no labelled sample.
     """
-    table = conditions(modalities, dataset=source.name, split=split, ratio=ratio, seed=seed)
+    key: dict[str, Any] = {"dataset": source.name, "split": split, "seed": seed}
+    if patterns is None:
+        table = conditions(modalities, ratio=ratio, **key)
+    else:
+        table = chosen_conditions(patterns, modalities=modalities, **key)
     task: dict[str, Any] = {
         "problem_type": source.problem_type,
         "num_labels": num_labels,
@@ -114,6 +182,8 @@ def evaluate_conditions(
     rows = []
     for condition, missing in table.items():
         found = predict(missing, split)
+        if keep is not None:
+            keep(condition, found)
         count = int(has_label(found.labels).sum())
         if not count:
             raise DataError(
@@ -126,7 +196,11 @@ def evaluate_conditions(
                 n=count,
                 metrics=scores(found.logits, found.labels, **task),
                 chance=chance(found.labels, prior=prior, **task),
-                interval=interval(found.logits, found.labels, metric=first, **task),
+                interval=interval(
+                    found.logits, found.labels, metric=first, num_resamples=num_resamples, **task
+                )
+                if num_resamples
+                else None,
             )
         )
     return rows
@@ -148,7 +222,7 @@ def scores_document(
         "metrics": list(first[0].metrics),
         "models": {name: {r.condition: r.metrics for r in rows} for name, rows in models.items()},
         "intervals": {
-            name: {row.condition: list(row.interval) for row in rows}
+            name: {row.condition: list(row.interval) for row in rows if row.interval}
             for name, rows in models.items()
         },
         "chance": {row.condition: row.chance for row in first},

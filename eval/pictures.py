@@ -62,6 +62,49 @@ def score_bars(
     return figure
 
 
+def score_curves(
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    *,
+    metric: str,
+    kind: str,
+    chance: float | None = None,
+    percent: bool = True,
+) -> Figure:
+    """Score against the share of samples that lack something, one line per model.
+
+    Args:
+        lines: model -> (ratio, mean, standard deviation) by rising ratio; the band is one deviation
+            to either side.
+        metric: what the values are, for the axis.
+        kind: what is missing, for the axis.
+        chance: value of a model that ignores its input.
+        percent: the values are shares, written as percentages.
+    """
+    figure, axes = _new(width=4.8, height=3.4)
+    scale = 100 if percent else 1
+    for index, (model, points) in enumerate(lines.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        ratio_P, mean_P, std_P = np.array(points, dtype=float).T
+        low_P, high_P = scale * (mean_P - std_P), scale * (mean_P + std_P)
+        axes.fill_between(100 * ratio_P, low_P, high_P, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(
+            100 * ratio_P,
+            scale * mean_P,
+            color=colour,
+            marker="osD^v<>"[index % 7],
+            markersize=4,
+            linewidth=1.4,
+            label=_plain(model),
+        )
+    if chance is not None:
+        axes.axhline(scale * chance, color="black", linestyle="--", linewidth=1, label="chance")
+    what = "something" if kind in ("both", "any", "subset") else kind
+    axes.set_xlabel(_plain(f"test samples that lack {what} (%)"))
+    axes.set_ylabel(_plain(f"{metric} (%)" if percent else metric))
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def loss_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
     """Training loss against the step, with the learning rate on the right-hand axis.
 

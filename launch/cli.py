@@ -108,6 +108,8 @@ class RecipeParser(HfArgumentParser):
                     f"recipe {recipe_path!r} sets {key!r}, which is no flag; "
                     f"{nearest(key, self.flags)}"
                 )
+        if _names_another_prompt(argv, recipe):
+            recipe.pop("prompt_config", None)  # the options of the recipe's own prompt
         namespace, unknown = self.parse_known_args(recipe_argv(recipe) + argv)
         for word in unknown:
             self._refuse(word)
@@ -135,6 +137,13 @@ class RecipeParser(HfArgumentParser):
             except (ValueError, TypeError) as error:
                 raise ConfigError(str(error)) from error
         return Settings(*parts)
+
+
+def _names_another_prompt(argv: list[str], recipe: dict[str, Any]) -> bool:
+    """Whether a typed `--prompt` is not the recipe's."""
+    first = ProgramParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--prompt", default=recipe.get("prompt"))
+    return first.parse_known_args(argv)[0].prompt != recipe.get("prompt")
 
 
 def find_recipe(name: str) -> Path:

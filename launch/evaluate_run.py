@@ -1,25 +1,33 @@
 """Scores a published model: `python launch/evaluate_run.py RUN [--split test]`, in one process.
 
 Reads `RUN/final` (or a checkpoint of the run) without DeepSpeed, and writes
-`RUN/evaluation-SPLIT.json`.
+`RUN/evaluation-SPLIT.json`. Other test conditions than the usual ones:
+
+    python launch/evaluate_run.py RUN --split validation test --patterns complete text:0.7 both:0.5
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from eval.patterns import scores_document
+import torch
+
+from eval.patterns import chosen_conditions, scores_document
+from eval.predictions import PredictionFile
 from eval.report import format_table
 from launch.cli import ProgramParser, run_program
 from launch.scoring import Scorer, train_prior
 from mm_moe.arguments import dataset_options
 from mm_moe.checkpoint import store
+from mm_moe.data.schema import DataSource
 from mm_moe.errors import CheckpointError, ConfigError
 from mm_moe.models.modeling import MultimodalMoEModel
 from mm_moe.models.processing import processors_for
 from mm_moe.registry import DATASETS
+from mm_moe.training.predict import Predictions
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -37,36 +45,80 @@ def read_run(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def main(argv: list[str]) -> int:
-    """Load, score, print, write."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = ProgramParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a folder that launch/train.py wrote")
-    parser.add_argument("--split", help="split to score (default: the run's test split)")
+    parser.add_argument("--split", nargs="+", help="splits to score (default: the run's test one)")
     parser.add_argument("--checkpoint", help="checkpoint-N or latest, instead of final/")
     parser.add_argument("--data_dir", help="folder of the data, where it has moved")
     parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument(
+        "--patterns",
+        nargs="+",
+        help="test conditions: complete, or KIND:RATIO (default: complete, each modality missing, "
+        "and mixed)",
+    )
+    parser.add_argument("--mask_seed", type=int, help="of the test masks (default: the run's)")
+    parser.add_argument(
+        "--resamples", type=int, default=500, help="of the bootstrap intervals; 0: no intervals"
+    )
+    parser.add_argument(
+        "--predictions", action="store_true", help="also write predictions-SPLIT.npz, ids hashed"
+    )
+    parser.add_argument("--use_cpu", action="store_true", help="even where there is a GPU")
     options = parser.parse_args(argv)
     if options.batch_size < 1:
         raise ConfigError(f"--batch_size {options.batch_size} must be at least 1.")
-    saved = read_run(options.run)
-    split = options.split or saved["test_split"]
-    folder = options.run / "final"
-    if options.checkpoint:
-        wanted = options.checkpoint
-        folder = store.find(
-            options.run, wanted if wanted == "latest" else str(options.run / wanted)
-        )
-    elif not (folder / store.WEIGHTS).is_file():
-        raise CheckpointError(f"{str(options.run)!r} has no final/; take --checkpoint latest.")
-    source = DATASETS.resolve(saved["dataset"])(
-        options.data_dir or saved["data_dir"],
-        **dataset_options(saved),
+    if options.resamples < 0:
+        raise ConfigError(f"--resamples {options.resamples} must not be negative; 0 leaves it out.")
+    return options
+
+
+def find_model(run: Path, checkpoint: str | None) -> Path:
+    """The folder of the weights.
+
+    Raises:
+        CheckpointError: they are not there, or damaged.
+    """
+    if checkpoint:
+        return store.find(run, checkpoint if checkpoint == "latest" else str(run / checkpoint))
+    if not (run / "final" / store.WEIGHTS).is_file():
+        raise CheckpointError(f"{str(run)!r} has no final/; take --checkpoint latest.")
+    return run / "final"
+
+
+def open_data(saved: dict[str, Any], options: argparse.Namespace) -> DataSource:
+    """The data set of a run, with the splits and conditions that are asked for.
+
+    Raises:
+        ConfigError: nothing to score against, or a condition that does not fit.
+        DataError: an unknown split, or data that are not in order.
+    """
+    source: DataSource = DATASETS.resolve(saved["dataset"])(
+        options.data_dir or saved["data_dir"], **dataset_options(saved)
     )
     if source.problem_type == "none":
         raise ConfigError(f"data set {source.name!r} has no labels to score against.")
-    if source.check_split(split) in source.unlabelled:
-        raise ConfigError(f"split {split!r} cannot be scored: {source.unlabelled[split]}.")
+    for split in options.split:
+        if source.check_split(split) in source.unlabelled:
+            raise ConfigError(f"split {split!r} cannot be scored: {source.unlabelled[split]}.")
+        chosen_conditions(
+            options.patterns or [], modalities=source.modalities, dataset=source.name, split=split
+        )
+    return source
+
+
+def main(argv: list[str]) -> int:
+    """Load, score, print, write."""
+    options = parse(argv)
+    saved = read_run(options.run)
+    options.split = options.split or [saved["test_split"]]
+    folder = find_model(options.run, options.checkpoint)
+    source = open_data(saved, options)
     model = MultimodalMoEModel.from_pretrained(folder)
+    if torch.cuda.is_available() and not options.use_cpu:
+        model.to("cuda")
     scorer = Scorer(
         model,
         source,
@@ -74,17 +126,27 @@ def main(argv: list[str]) -> int:
         batch_size=options.batch_size,
         max_bad_samples=saved["max_bad_samples"],
     )
-    rows = scorer.score(
-        prior=train_prior(source, saved["train_split"]),
-        split=split,
-        ratio=saved["missing_ratio"],
-        seed=saved["missing_seed"],
-    )
-    document = scores_document({model.config.prompt: rows})
-    target = options.run / f"evaluation-{split}.json"
-    target.write_text(json.dumps(document, indent=1))
-    print(format_table(document))
-    print(f"written to {target}")
+    prior = train_prior(source, saved["train_split"])
+    for split in options.split:
+        found: dict[str, Predictions] = {}
+        rows = scorer.score(
+            prior=prior,
+            split=split,
+            ratio=saved["missing_ratio"],
+            seed=saved["missing_seed"] if options.mask_seed is None else options.mask_seed,
+            patterns=options.patterns,
+            num_resamples=options.resamples,
+            keep=found.__setitem__ if options.predictions else None,
+        )
+        if options.predictions:
+            group_of = {sample.id: sample.mask_key for sample in source.index(split)}
+            file = PredictionFile.of(found, group_of=group_of, dataset=source.name)
+            file.save(options.run / f"predictions-{split}.npz")
+        document = scores_document({model.config.prompt: rows})
+        target = options.run / f"evaluation-{split}.json"
+        target.write_text(json.dumps(document, indent=1))
+        print(format_table(document))
+        print(f"written to {target}")
     return 0
 
 

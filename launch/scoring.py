@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,15 @@ class Scorer:
             self.bad_ids += [sample for sample in ids if sample not in self.bad_ids]
 
     def score(
-        self, *, prior: np.ndarray, split: str, ratio: float, seed: int
+        self,
+        *,
+        prior: np.ndarray,
+        split: str,
+        ratio: float,
+        seed: int,
+        patterns: Sequence[str] | None = None,
+        num_resamples: int = 500,
+        keep: Callable[[str, Predictions], None] | None = None,
     ) -> list[ConditionScore]:
         """One row per missing condition. A collective.
 
@@ -83,6 +91,9 @@ class Scorer:
             split: the split to score.
             ratio: share of samples that lack something in the mixed condition; 0 takes the default.
             seed: of the missing masks.
+            patterns: the conditions, where others than the usual ones are wanted ("both:0.7").
+            num_resamples: of the bootstrap intervals; 0 leaves them out.
+            keep: called with each condition and its predictions.
         """
         return evaluate_conditions(
             self.predict,
@@ -93,6 +104,9 @@ class Scorer:
             ratio=ratio or DEFAULT_MIXED_RATIO,
             split=split,
             seed=seed,
+            patterns=patterns,
+            num_resamples=num_resamples,
+            keep=keep,
         )
 
 

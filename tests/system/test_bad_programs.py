@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 from refusals import file, refused
 
-from launch import evaluate_run, export
+from launch import check_runs, evaluate_run, export
 from mm_moe.checkpoint import store
 from mm_moe.errors import CheckpointError, ConfigError, DataError
 
@@ -57,6 +58,33 @@ def test_what_evaluation_refuses(here):
     assert "'tset'" in said
     assert "test" in said
     assert "--batch_size" in refused(ConfigError, "run", "--batch_size", "0", program=evaluate_run)
+    argv = ("run", "--patterns", "complete")
+    assert "'text:2'" in refused(ConfigError, *argv, "text:2", program=evaluate_run)
+    assert "'sound'" in refused(ConfigError, *argv, "sound:1", program=evaluate_run)
+    assert "--resamples -1" in refused(
+        ConfigError, "run", "--resamples", "-1", program=evaluate_run
+    )
+
+
+@pytest.mark.parametrize("text", ["", "{", "7", '[["--prompt", 3]]'])
+def test_what_the_check_of_runs_refuses(here, monkeypatch, text):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert "standard input is no JSON list" in refused(ConfigError, program=check_runs)
+
+
+def test_runs_are_checked_without_a_trace(here, monkeypatch, capsys):
+    runs = [["--prompt", "none", "--max_steps", "3"], ["--prompt", "replay"]]
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(runs)))
+    assert check_runs.main([]) == 0
+    none, replay = json.loads(capsys.readouterr().out)["runs"]
+    assert (none["arguments"]["prompt_config"], none["arguments"]["max_steps"]) == (None, 3)
+    assert json.loads(replay["arguments"]["prompt_config"]) == {"length": 2}  # the recipe's
+    assert none["data"]["modalities"] == ["image", "text"]
+    assert none["data"]["splits"]["test"] == 658
+    assert "hub_token" not in none["arguments"]
+    monkeypatch.setattr("sys.stdin", io.StringIO('[["--prompt", "repaly"]]'))
+    assert "did you mean replay" in refused(ConfigError, program=check_runs)
+    assert list(here.iterdir()) == []
 
 
 @pytest.mark.parametrize("program", [export, evaluate_run])

@@ -1,0 +1,211 @@
+"""The numbers of a grid: mean and spread over seeds, and paired comparisons over samples.
+
+N labelled test rows, R resamples, C labels.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.chance import best_chance
+from eval.grid_cells import DONE
+from eval.grid_plan import Cell
+from eval.metrics import resampled
+from eval.patterns import COMPLETE
+from eval.predictions import PredictionFile
+from mm_moe.errors import DataError
+
+Records = Mapping[Cell, Mapping[str, Any]]
+MEAN_MISSING = "mean of the missing"  # over all test patterns that lack something
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values over seeds; the standard deviation is that of a sample (n - 1), None for one seed."""
+
+    mean: float
+    std: float | None
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, by_seed: Mapping[int, float]) -> Spread:
+        """Mean and spread of one value per seed."""
+        values = list(by_seed.values())
+        std = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), std, tuple(sorted(by_seed)))
+
+
+def finished(records: Records) -> dict[Cell, Mapping[str, Any]]:
+    """The cells that have scores."""
+    return {cell: record for cell, record in records.items() if record["status"] == DONE}
+
+
+def table(
+    records: Records, *, split: str, tests: Sequence[str], metrics: Sequence[str]
+) -> list[dict[str, Any]]:
+    """One row per method, training pattern, test pattern and metric of a split.
+
+    Returns:
+        Rows {"method", "train", "test", "split", "metric", "mean", "std", "seeds", "chance",
+        "num_rows"}; chance is the better of two blind models. With several test patterns that lack
+        something, a row `MEAN_MISSING` gives their mean, formed within each seed.
+    """
+    groups: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
+    for cell, record in finished(records).items():
+        of_split = record["splits"][split]
+        groups.setdefault((cell.method.name, cell.train), {})[cell.seed] = of_split
+    rows = []
+    for (method, train), by_seed in groups.items():
+        for metric in metrics:
+            for test, conditions in _columns(tests).items():
+                values = {
+                    seed: statistics.fmean(_scores(document)[test][metric] for test in conditions)
+                    for seed, document in by_seed.items()
+                }
+                first = next(iter(by_seed.values()))
+                levels = [best_chance(first["chance"][one], metric=metric) for one in conditions]
+                known = [level for level in levels if level is not None]
+                spread = Spread.of(values)
+                rows.append(
+                    {"method": method, "train": train, "test": test, "split": split}
+                    | {"metric": metric, "mean": spread.mean, "std": spread.std}
+                    | {"seeds": list(spread.seeds), "values": [values[s] for s in spread.seeds]}
+                    | {"chance": statistics.fmean(known) if len(known) == len(levels) else None}
+                    | {"num_rows": first["num_rows"][conditions[0]]}
+                )
+    return rows
+
+
+def _columns(tests: Sequence[str]) -> dict[str, list[str]]:
+    """Name of a row -> the test patterns that it is the mean of."""
+    missing = [test for test in tests if test != COMPLETE]
+    columns = {test: [test] for test in tests}
+    return columns | ({MEAN_MISSING: missing} if len(missing) > 1 else {})
+
+
+def _scores(document: Mapping[str, Any]) -> Mapping[str, Mapping[str, float]]:
+    """The scores of the one model in a document of `launch/evaluate_run.py`."""
+    return next(iter(document["models"].values()))
+
+
+@dataclass
+class Comparison:
+    """Paired bootstrap of methods over the test samples.
+
+    For every resample the same rows (of whole groups) are drawn for both methods, all seeds and all
+    test patterns; the difference is taken within a seed and averaged over the seeds that both have.
+    The interval is the percentile one. It speaks about new samples for these trained models; how
+    the seeds scatter is in the table's standard deviation.
+
+    Attributes:
+        folder: of the grid.
+        data: "problem_type", "label_names", "task" and "test_split" of the data.
+        tests: test patterns.
+        metric: the headline.
+        num_resamples: R.
+    """
+
+    folder: Path
+    data: Mapping[str, Any]
+    tests: Sequence[str]
+    metric: str
+    num_resamples: int = 1000
+    seed: int = 0
+    _known: dict[Cell, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    def run(self, records: Records, *, reference: str) -> list[dict[str, Any]]:
+        """Each method minus the reference, by training and test pattern.
+
+        Returns:
+            Rows {"method", "reference", "train", "test", "metric", "difference", "low", "high",
+            "p", "seeds"}; p is two-sided.
+
+        Raises:
+            DataError: two models were scored on different samples.
+        """
+        groups: dict[tuple[str, str], dict[int, Cell]] = {}
+        for cell in finished(records):
+            groups.setdefault((cell.method.name, cell.train), {})[cell.seed] = cell
+        rows = []
+        for (method, train), cells in groups.items():
+            others = groups.get((reference, train), {})
+            seeds = sorted(set(cells) & set(others))
+            if method == reference or not seeds:
+                continue
+            pairs = [self._difference(cells[seed], others[seed]) for seed in seeds]
+            difference = np.mean(pairs, axis=0)  # (tests, 1 + R)
+            for test, conditions in _columns(self.tests).items():
+                at = [list(self.tests).index(one) for one in conditions]
+                rows.append(
+                    {"method": method, "reference": reference, "train": train, "test": test}
+                    | {"metric": self.metric, "seeds": seeds}
+                    | interval_of(difference[at].mean(0))
+                )
+        return rows
+
+    def _difference(self, cell: Cell, other: Cell) -> np.ndarray:
+        """Differences (tests, 1 + R) of two cells: on all rows, and on every resample."""
+        (our_ids, ours), (their_ids, theirs) = self._values(cell), self._values(other)
+        if not np.array_equal(our_ids, their_ids):
+            raise DataError(
+                f"cells {cell.folder_name!r} and {other.folder_name!r} were scored on different "
+                "samples; remove their folders and run the grid again."
+            )
+        return ours - theirs
+
+    def _values(self, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+        """Ids, and values (tests, 1 + R) of one cell, read and resampled once."""
+        if cell not in self._known:
+            run = self.folder / "cells" / cell.folder_name / "run"
+            file = PredictionFile.load(run / f"predictions-{self.data['test_split']}.npz")
+            rows = draw_groups(file.groups, num_resamples=self.num_resamples, seed=self.seed)
+            values = [self._resampled(file, test, rows) for test in self.tests]
+            self._known[cell] = (file.ids, np.array(values))
+        return self._known[cell]
+
+    def _resampled(self, file: PredictionFile, test: str, rows: list[np.ndarray]) -> np.ndarray:
+        num_labels = len(self.data["label_names"])
+        return resampled(
+            file.logits[test],
+            file.labels[test],
+            rows=rows,
+            metric=self.metric,
+            problem_type=self.data["problem_type"],
+            num_labels=1 if self.data["problem_type"] == "regression" else num_labels,
+            task=self.data["task"],
+        )
+
+
+def draw_groups(groups: np.ndarray, *, num_resamples: int, seed: int) -> list[np.ndarray]:
+    """Rows of R resamples, each of as many whole groups as there are, drawn with replacement.
+
+    The same groups give the same rows, whatever the model. The plots of one movie go together; a
+    sample without a group is one of its own.
+    """
+    _, group_N, sizes_G = np.unique(groups, return_inverse=True, return_counts=True)
+    members = np.split(np.argsort(group_N, kind="stable"), np.cumsum(sizes_G)[:-1])
+    generator = np.random.default_rng(seed)
+    draws_RG = generator.integers(0, len(members), (num_resamples, len(members)))
+    if sizes_G.max() == 1:
+        return list(np.concatenate(members)[draws_RG])
+    return [np.concatenate([members[group] for group in drawn]) for drawn in draws_RG]
+
+
+def interval_of(values: np.ndarray) -> dict[str, float]:
+    """Difference, percentile interval and two-sided p of (1 + R,) values, the first on all rows.
+
+    p is twice the smaller share of resamples on either side of zero, those at zero counted on both,
+    with one added to count and total, so that it is never zero.
+    """
+    resamples = values[1:]
+    low, high = np.quantile(resamples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    fewer = min(int((resamples <= 0).sum()), int((resamples >= 0).sum()))
+    p = min(1.0, 2 * (fewer + 1) / (len(resamples) + 1))
+    return {"difference": float(values[0]), "low": float(low), "high": float(high), "p": p}
