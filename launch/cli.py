@@ -140,10 +140,11 @@ class RecipeParser(HfArgumentParser):
 
 
 def _names_another_prompt(argv: list[str], recipe: dict[str, Any]) -> bool:
-    """Whether a typed `--prompt` is not the recipe's."""
+    """Whether `--prompt` is typed, and is not the one that the recipe sets."""
     first = ProgramParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--prompt", default=recipe.get("prompt"))
-    return first.parse_known_args(argv)[0].prompt != recipe.get("prompt")
+    first.add_argument("--prompt")
+    typed = first.parse_known_args(argv)[0].prompt
+    return typed is not None and recipe.get("prompt", typed) != typed
 
 
 def find_recipe(name: str) -> Path:

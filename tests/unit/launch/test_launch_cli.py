@@ -58,6 +58,16 @@ def test_without_flags_it_is_the_default_recipe():
     assert (found.dataset, found.prompt, found.missing_ratio) == ("emoji", "replay", 0.5)
 
 
+def test_the_options_of_a_prompt_do_not_outlive_it(recipe):
+    assert values().prompt_config == values("--prompt", "replay").prompt_config
+    assert json.loads(values().prompt_config) == {"length": 2}
+    assert values("--prompt", "none").prompt_config is None
+    typed = values("--prompt", "missing_aware", "--prompt_config", '{"length": 3}')
+    assert json.loads(typed.prompt_config) == {"length": 3}
+    # A recipe that names no prompt means its options for the one that is typed.
+    assert values("--config", recipe, "--prompt", "replay").prompt_config is not None
+
+
 @pytest.mark.parametrize(
     "name",
     ["emoji_replay", "finetune/recipes/emoji_replay.yaml", "pretrain/recipes/small_clip.yaml"],
