@@ -173,37 +173,41 @@ def evaluate_conditions(
         table = conditions(modalities, ratio=ratio, **key)
     else:
         table = chosen_conditions(patterns, modalities=modalities, **key)
-    task: dict[str, Any] = {
-        "problem_type": source.problem_type,
-        "num_labels": num_labels,
-        "task": source.task,
-    }
-    first = headline(source.task or source.problem_type)
     rows = []
     for condition, missing in table.items():
         found = predict(missing, split)
         if keep is not None:
             keep(condition, found)
-        count = int(has_label(found.labels).sum())
-        if not count:
+        if not has_label(found.labels).any():
             raise DataError(
                 f"split {split!r} of {source.name!r} has no labelled sample in the condition "
                 f"{condition!r}; name another split to evaluate on."
             )
-        rows.append(
-            ConditionScore(
-                condition=condition,
-                n=count,
-                metrics=scores(found.logits, found.labels, **task),
-                chance=chance(found.labels, prior=prior, **task),
-                interval=interval(
-                    found.logits, found.labels, metric=first, num_resamples=num_resamples, **task
-                )
-                if num_resamples
-                else None,
-            )
-        )
+        task = {"problem_type": source.problem_type, "num_labels": num_labels, "task": source.task}
+        rows.append(_score(condition, found, prior, num_resamples, task))
     return rows
+
+
+def _score(
+    condition: str,
+    found: Predictions,
+    prior: np.ndarray,
+    num_resamples: int,
+    task: Mapping[str, Any],
+) -> ConditionScore:
+    """The scores of one condition; `task` is what `eval.metrics.scores` has to know."""
+    spread = None
+    if num_resamples:
+        first = headline(task["task"] or task["problem_type"])
+        more: dict[str, Any] = {"metric": first, "num_resamples": num_resamples}
+        spread = interval(found.logits, found.labels, **more, **task)
+    return ConditionScore(
+        condition=condition,
+        n=int(has_label(found.labels).sum()),
+        metrics=scores(found.logits, found.labels, **task),
+        chance=chance(found.labels, prior=prior, **task),
+        interval=spread,
+    )
 
 
 def scores_document(
