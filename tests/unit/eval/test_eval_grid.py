@@ -1,6 +1,10 @@
 """Grids of faked trainings: the programs in `fakes` stand for those of `launch/`."""
 
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -241,3 +245,30 @@ def test_a_refused_training_is_told_in_its_own_words(here):
     Path("fakes/check_runs.py").write_text("import sys; sys.exit('error: unknown prompt x.')")
     with pytest.raises(ConfigError, match=r"^unknown prompt x\.$"):
         run()
+
+
+def test_a_grid_that_is_stopped_ends_its_trainings_and_goes_on_later(here):
+    sleeps = "import os, time; open('pid.txt', 'w').write(str(os.getpid())); time.sleep(60)"
+    Path("fakes/train.py").write_text(sleeps)
+    main_thread = threading.main_thread().ident
+
+    def stop():  # Ctrl-C, as soon as the first training runs
+        while not Path("pid.txt").exists() or not Path("pid.txt").read_text():
+            time.sleep(0.02)
+        signal.pthread_kill(main_thread, signal.SIGINT)
+
+    watcher = threading.Thread(target=stop)
+    watcher.start()
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run("--seeds", "0")
+    watcher.join()
+    assert time.monotonic() - begin < 50  # not the 60 seconds of the training
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("pid.txt").read_text()), 0)
+    cells = list(Path("out/cells").iterdir())
+    assert [path.name for path in cells] == ["none__both-0.7__seed-0"]
+    assert json.loads((cells[0] / "cell.json").read_text())["status"] == "failed"
+    Path("fakes/train.py").write_text(TRAIN)
+    assert run("--seeds", "0") == 0
+    assert trained() == ["none both 0", "replay both 0"]
