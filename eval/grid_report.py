@@ -133,6 +133,8 @@ def curves(rows: Rows, *, metric: str, tests: Sequence[str]) -> dict[str, Figure
                 if row["test"] in patterns:
                     point = (parse_pattern(row["test"])[1], row["mean"], row["std"] or 0.0)
                     lines.setdefault(row["method"], []).append(point)
+            if not lines:
+                continue
             level = next((r["chance"] for r in of_train if r["test"] == patterns[-1]), None)
             figures[f"trained on {train}, tested on {kind}"] = score_curves(
                 {method: sorted(points) for method, points in lines.items()},

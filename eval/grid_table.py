@@ -23,6 +23,7 @@ from mm_moe.errors import DataError
 
 Records = Mapping[Cell, Mapping[str, Any]]
 MEAN_MISSING = "mean of the missing"  # over all test patterns that lack something
+ALL_TRAINS = "all patterns"  # the mean over the training patterns
 LEVEL = 0.95
 
 
@@ -55,7 +56,8 @@ def table(
     Returns:
         Rows {"method", "train", "test", "split", "metric", "mean", "std", "seeds", "chance",
         "num_rows"}; chance is the better of two blind models. With several test patterns that lack
-        something, a row `MEAN_MISSING` gives their mean, formed within each seed.
+        something, a row `MEAN_MISSING` gives their mean, formed within each seed; with several
+        training patterns a row `ALL_TRAINS` averages these over the seeds that all of them have.
     """
     groups: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
     for cell, record in finished(records).items():
@@ -80,7 +82,30 @@ def table(
                     | {"chance": statistics.fmean(known) if len(known) == len(levels) else None}
                     | {"num_rows": first["num_rows"][conditions[0]]}
                 )
-    return rows
+    return rows + _over_trains(rows)
+
+
+def _over_trains(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows `MEAN_MISSING` averaged over training patterns, for each method and metric."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    trains = {row["train"] for row in rows}
+    for row in rows:
+        if row["test"] == MEAN_MISSING:
+            groups.setdefault((row["method"], row["metric"]), []).append(row)
+    merged = []
+    for of_train in groups.values():
+        values = [dict(zip(row["seeds"], row["values"], strict=True)) for row in of_train]
+        seeds = sorted(set.intersection(*map(set, values)))
+        if len(of_train) < max(len(trains), 2) or not seeds:
+            continue  # a mean over other patterns than those of the other methods
+        by_seed = {seed: statistics.fmean(of[seed] for of in values) for seed in seeds}
+        spread = Spread.of(by_seed)
+        merged.append(
+            of_train[0]
+            | {"train": ALL_TRAINS, "mean": spread.mean, "std": spread.std, "seeds": seeds}
+            | {"values": [by_seed[seed] for seed in seeds]}
+        )
+    return merged
 
 
 def _columns(tests: Sequence[str]) -> dict[str, list[str]]:
@@ -125,7 +150,7 @@ class Comparison:
 
         Returns:
             Rows {"method", "reference", "train", "test", "metric", "difference", "low", "high",
-            "p", "seeds"}; p is two-sided.
+            "p", "seeds"}; p is two-sided. As in `table`, a row averages over training patterns.
 
         Raises:
             DataError: two models were scored on different samples.
@@ -133,7 +158,8 @@ class Comparison:
         groups: dict[tuple[str, str], dict[int, Cell]] = {}
         for cell in finished(records):
             groups.setdefault((cell.method.name, cell.train), {})[cell.seed] = cell
-        rows = []
+        rows: list[dict[str, Any]] = []
+        missing: dict[str, list[np.ndarray]] = {}  # method -> (1 + R,) of each training pattern
         for (method, train), cells in groups.items():
             others = groups.get((reference, train), {})
             seeds = sorted(set(cells) & set(others))
@@ -147,6 +173,16 @@ class Comparison:
                     {"method": method, "reference": reference, "train": train, "test": test}
                     | {"metric": self.metric, "seeds": seeds}
                     | interval_of(difference[at].mean(0))
+                )
+                if test == MEAN_MISSING:
+                    missing.setdefault(method, []).append(difference[at].mean(0))
+        trains = {train for _, train in groups}
+        for method, differences in missing.items():
+            if len(differences) == len(trains) > 1:
+                rows.append(
+                    {"method": method, "reference": reference, "train": ALL_TRAINS}
+                    | {"test": MEAN_MISSING, "metric": self.metric, "seeds": None}
+                    | interval_of(np.mean(differences, axis=0))
                 )
         return rows
 

@@ -162,6 +162,17 @@ def test_a_failed_cell_is_named_and_run_again(here, capsys):
     assert trained() == ["replay both 1"]
 
 
+def test_several_training_patterns_have_a_common_mean(here):
+    assert run("--seeds", "0", "1", "--train", "both:0.7", "complete") == 0
+    result = json.loads(Path("out/results.json").read_text())
+    wanted = {"train": "all patterns", "method": "replay"}
+    mean = row(result["table"], split="test", **wanted)
+    assert (mean["test"], mean["seeds"]) == ("mean of the missing", [0, 1])
+    assert mean["values"] == [0.75, 0.5]  # the fakes learn the same from every pattern
+    assert row(result["comparisons"], **wanted)["difference"] == pytest.approx(0.125)
+    assert len(list(Path("out").glob("*.png"))) == 4  # none for the mean
+
+
 def test_models_can_be_dropped(here):
     run("--seeds", "0", "--drop_models")
     assert not list(Path("out").rglob("model.safetensors"))
