@@ -204,11 +204,13 @@ class _Buckets:
         return spike, freed, size * self.zero.element if large else 0
 
     def flush(self) -> tuple[int, int]:
-        """Reduce the bucket: (bytes of temporary copies, bytes outside the bucket then freed)."""
+        """Reduce the bucket: (bytes of copies beside `owned`, bytes outside the bucket freed)."""
         spike = self._copies() * self.zero.element
         large = self.in_bucket > self.zero.reduce_bucket_size
         freed = self.in_bucket * self.zero.element if large else 0
         if self.own & set(self.names):
+            # the copies are gone before the partition's gradients are first allocated
+            spike = max(0, spike - (self.partition_bytes - self.owned))
             self.owned = self.partition_bytes
         if self.zero.offload:  # the norm of each gradient on its way to the host
             sizes = [self.place[name][1].size for name in self.own & set(self.names)]

@@ -67,6 +67,19 @@ def test_stage_2_reduces_full_buckets_and_keeps_its_part():
     assert over.after[1:] == [(20, 20 + 40), (20, 80)]
 
 
+def test_stage_1_reduces_at_the_end():
+    over = of(ZeroSettings(1, world_size=4, reduce_bucket_size=100), Group(SLOTS, False, 4))
+    assert over.gradients_V.tolist() == [0, 0, 24, 36]
+    assert over.buffers_V.tolist() == [0, 400, 400, 400]
+    # gradients go into the bucket one after the other: 76, 36, 24 bytes are left
+    assert over.after[:3] == [(76, 400), (36, 400), (24, 400)]
+    # every gradient goes to several parts, so all 19 elements are copied (76); then a and b are
+    # kept whole (52). The copy is gone by then: 76 at most, which is 24 more.
+    assert over.after[3] == (52, 400 + 24)
+    # the step: a part of 6 elements, flat, and its largest piece in float64
+    assert over.after[4:] == [(52, 24), (52, 48)]
+
+
 def test_offloaded_state_is_on_the_host():
     zero = ZeroSettings(2, offload=True, reduce_bucket_size=100)
     over = of(zero, Group(SLOTS, False, 1))
