@@ -14,12 +14,13 @@ from launch.assemble import learning_rate_scale
 from launch.cli import Settings
 from launch.plan_model import meta_model, shard, weightless_config
 from launch.scoring import num_outputs
+from mm_moe.backbones.base import Tower
 from mm_moe.batch import TEXT
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import ConfigError
 from mm_moe.models.modeling import MultimodalMoEModel
-from mm_moe.moe.layer import MoELayer, moe_layers
+from mm_moe.moe.layer import MoELayer
 from mm_moe.registry import BACKBONES, OBJECTIVES
 from mm_moe.training import exchange
 from mm_moe.training.estimate import (
@@ -133,10 +134,13 @@ class Planner:
         if moe.get("drop_tokens"):
             plain["drop_tokens"] = False
             self.notes.append("activations and exchange as if no token were dropped")
-        if plain == moe:
-            return self.model
         config = copy.deepcopy(self.config)
-        config.moe = plain
+        if self.model.prompt.generates:
+            config.prompt, config.prompt_config = "none", {}
+            self.notes.append(f"activations without what prompt {self.config.prompt!r} generates")
+        if plain == moe and config.prompt == self.config.prompt:
+            return self.model
+        config.moe = plain or None
         return meta_model(self.settings, config)
 
     @functools.cached_property
@@ -265,12 +269,12 @@ class Planner:
         )
 
     def _gathered(self, samples: int) -> int:
-        """Bytes of the contrastive loss over all processes' rows, beyond those of one process."""
+        """Bytes of the contrastive loss over all processes' rows, which grow with their square."""
         if self.settings.run.objective != "contrastive":
             return 0
-        others = samples * (self.machine.world_size - 1)
-        # float32: features of two modalities, per direction a log-softmax, its mask, two gradients
-        return others * (2 * 4 * self.model.backbone.out_width + samples * (2 * (4 + 1) + 2 * 4))
+        everyone = samples * self.machine.world_size
+        # float32: features of two modalities; per direction a log-softmax, its mask, two gradients
+        return everyone * (2 * 4 * self.model.backbone.out_width + samples * (2 * (4 + 1) + 2 * 4))
 
     def needed(self, samples: int, over: Overlay) -> int:
         """Bytes that have to fit: of the device, or of device and host where they are one."""
@@ -285,18 +289,22 @@ class Planner:
 
     def sparse_layers(self, samples: int) -> list[exchange.SparseLayer]:
         """What each sparse layer does with one micro-batch on average."""
-        tokens = self._tokens(samples)
+        tokens, every = self._tokens(samples), self.recompute_every
         found = []
-        for name, layer in moe_layers(self.model).items():
-            modality = name.split(".")[2]
-            found.append(
-                exchange.SparseLayer(
-                    tokens=tokens[modality],
-                    width=layer.width,
-                    hidden=hidden_of(layer),
-                    top_k=layer.settings.top_k,
-                )
-            )
+        for name in self.config.modalities:
+            tower: Tower = self.model.backbone.towers[name]  # type: ignore[assignment]
+            for block, (parent, attribute) in enumerate(tower.feed_forwards()):
+                layer = getattr(parent, attribute)
+                if isinstance(layer, MoELayer):
+                    found.append(
+                        exchange.SparseLayer(
+                            tokens=tokens[name],
+                            width=layer.width,
+                            hidden=hidden_of(layer),
+                            top_k=layer.settings.top_k,
+                            recomputed=bool(every) and block % every == 0,
+                        )
+                    )
         return found
 
     def _tokens(self, samples: int) -> dict[str, float]:
@@ -337,7 +345,7 @@ class Planner:
         return found
 
     def flops(self, samples: int) -> float:
-        """Operations of one step on one process, forward and backward, nothing recomputed."""
+        """Operations of one step on one process, forward and backward, recomputed ones too."""
         rows = {name: round(samples * (1 - share)) for name, share in self.missing.items()}
         return self.plain.flops(samples, rows) * self.settings.training.gradient_accumulation_steps
 

@@ -23,6 +23,7 @@ GPUS: dict[str, tuple[float, float]] = {
     "MI300X": (1300e12, 192),
 }
 PASSES = 4  # exchanges of a row's width: out and back, forward and backward
+RECOMPUTED_PASSES = 6  # and forward again
 
 
 @dataclass(frozen=True)
@@ -112,20 +113,28 @@ class SparseLayer:
         width: D.
         hidden: F.
         top_k: K.
+        recomputed: whether its block is computed again in the backward pass.
     """
 
     tokens: float
     width: int
     hidden: int
     top_k: int
+    recomputed: bool = False
+
+    @property
+    def sent(self) -> float:
+        """Values that its rows carry in a micro-batch, all ways."""
+        passes = RECOMPUTED_PASSES if self.recomputed else PASSES
+        return self.top_k * self.tokens * self.width * passes
 
 
 def expert_traffic(
     layers: list[SparseLayer], *, zero: ZeroSettings, gpus_per_node: int, imbalance: float
 ) -> Traffic:
     """All-to-all of one step: rows out and back, forward and backward, in every micro-batch."""
-    rows = sum(layer.top_k * layer.tokens * layer.width for layer in layers)
-    out = rows * zero.element * PASSES * zero.accumulation * imbalance
+    values = sum(layer.sent for layer in layers)
+    out = values * zero.element * zero.accumulation * imbalance
     return all_to_all(out, ep_size=zero.ep_size, gpus_per_node=gpus_per_node)
 
 

@@ -36,7 +36,8 @@ from mm_moe.moe.experts import Experts
 from mm_moe.moe.layer import moe_layers
 from mm_moe.moe.parallel import _Permute
 
-PROBE = 200  # samples of a recording: shares of whole half percents stay exact
+# Samples and rows of a recording; as primes, no number of tokens is one of samples.
+SAMPLES, ROWS = 211, 199
 BACKWARD = ""  # the mark of the start of the backward pass
 
 Objective = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor], Any]]
@@ -80,12 +81,14 @@ class Recorder(TorchDispatchMode):
 
     Args:
         padding: tokens of the batch that a mask takes away.
+        samples: B; of a mask over samples nothing is chosen, as only generating prompts ask for one
+            and those are not planned.
         weights: tensors that are there before; not counted.
     """
 
-    def __init__(self, padding: int, weights: Iterable[Tensor]) -> None:
+    def __init__(self, padding: int, samples: int, weights: Iterable[Tensor]) -> None:
         super().__init__()
-        self.padding = padding
+        self.padding, self.samples = padding, samples
         self.live = self.flops = 0
         self.history: list[int] = []
         self._seen = {_key(tensor) for tensor in weights}
@@ -112,7 +115,8 @@ class Recorder(TorchDispatchMode):
             least = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
             return args[0].new_empty(least, dtype=torch.int64)
         if func is torch.ops.aten.nonzero.default:
-            rows = max(0, args[0].numel() - self.padding)
+            size = args[0].numel()
+            rows = 0 if size == self.samples else max(0, size - self.padding)
             return args[0].new_empty(rows, args[0].ndim, dtype=torch.int64)
         return None
 
@@ -272,9 +276,9 @@ def record_timeline(
     """
     first = build()
     modalities: tuple[str, ...] = tuple(first.config.modalities)  # type: ignore[union-attr, arg-type]
-    base = {name: PROBE for name in modalities}
-    cases = [(PROBE, base), (2 * PROBE, base)]
-    cases += [(PROBE, base | {name: 2 * PROBE}) for name in modalities]
+    base = {name: ROWS for name in modalities}
+    cases = [(SAMPLES, base), (2 * SAMPLES, base)]
+    cases += [(SAMPLES, base | {name: 2 * ROWS}) for name in modalities]
     models = [first, *(build() for _ in cases[1:])]
     runs = [
         _record(model, objective, samples=samples, rows=rows, load=load)
@@ -291,9 +295,10 @@ def record_timeline(
 
 
 def _coefficients(table: np.ndarray) -> np.ndarray:
-    """From values at (probe, one unit doubled at a time) to constant and slopes."""
-    slopes = (table[1:] - table[:1]) / PROBE
-    constant = table[0] - PROBE * slopes.sum(0)
+    """Constant and slopes, from the first case and those with one unit doubled at a time."""
+    steps = np.array([SAMPLES] + [ROWS] * (len(table) - 2), dtype=np.float64)
+    slopes = (table[1:] - table[:1]) / steps.reshape(-1, *[1] * (table.ndim - 1))
+    constant = table[0] - np.tensordot(steps, slopes, axes=1)
     return np.concatenate([constant[None], slopes])
 
 
@@ -308,7 +313,7 @@ def _record(
     try:
         with FakeTensorMode():
             _materialise(model, load=load, rows=rows)
-            recorder = Recorder(padding, [*model.parameters(), *model.buffers()])
+            recorder = Recorder(padding, samples, [*model.parameters(), *model.buffers()])
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     mark = functools.partial(_mark, recorder, marks, name)
