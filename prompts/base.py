@@ -120,6 +120,9 @@ class Prompt(nn.Module):
                 towers without such a token are left out.
         """
 
+    def freeze_fixed(self) -> None:
+        """Stop the training of parts that stay as drawn; loading a model makes all trainable."""
+
     def depth(self, layers: int | None) -> int:
         """How many of the first blocks of every tower are prompted.
 

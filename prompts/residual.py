@@ -137,6 +137,7 @@ class ResidualPrompt(Prompt):
         if self.layers:
             self._build()
             self.reset_parameters()
+            self.freeze_fixed()
 
     def _build(self) -> None:
         options, num_present = self.options, 2 ** len(self.modalities) - 1
@@ -152,12 +153,9 @@ class ResidualPrompt(Prompt):
             if options.shared:
                 self.common_generators[name] = self._generator(options.common_width, width)
             if options.dynamic:
-                self.queries[name] = nn.Parameter(
-                    torch.empty(num_present, options.length, width),
-                    requires_grad=options.train_queries,
-                )
-                attention = BufferAttention(width, attend_padding=options.attend_padding)
-                self.attention[name] = attention.requires_grad_(options.train_attention)
+                shape = (num_present, options.length, width)
+                self.queries[name] = nn.Parameter(torch.empty(shape))
+                self.attention[name] = BufferAttention(width, attend_padding=options.attend_padding)
         if options.shared:
             shape = (num_present, options.length, options.common_width)
             self.common = nn.Parameter(torch.empty(shape))
@@ -186,6 +184,11 @@ class ResidualPrompt(Prompt):
                 self.common.copy_(base_Q1C + self.options.noise * noise_QnC)
         if self.share is not None:
             nn.init.constant_(self.share, 0.0 if self.options.bounded_share else 0.5)
+
+    def freeze_fixed(self) -> None:
+        """Queries and attention of the dynamic group, unless they are trained."""
+        self.queries.requires_grad_(self.options.train_queries)
+        self.attention.requires_grad_(self.options.train_attention)
 
     def anchor(self, vectors: Mapping[str, Tensor]) -> None:
         """Start the private tables around the towers' own vectors; without one, around zero."""

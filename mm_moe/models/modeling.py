@@ -22,6 +22,7 @@ from mm_moe.errors import CheckpointError, ConfigError, DataError
 from mm_moe.models.adapters import LoraSettings, add_lora, merge_lora
 from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.models.generation import check_generates, generated_rows, generated_tokens
+from mm_moe.models.prompt_start import anchors, first_tokens
 from mm_moe.models.shapes import shape_difference
 from mm_moe.models.trainable import freeze_tower, trainable_counts
 from mm_moe.moe.context import TokenContext
@@ -207,6 +208,7 @@ class MultimodalMoEModel(PreTrainedModel):
                 raise CheckpointError(
                     f"the weights of {source!r}: {shape_difference(name, found, expected)}"
                 )
+        model.prompt.freeze_fixed()
         new = {name for name in info["missing_keys"] if name.startswith("prompt.")}
         if new and len(new) == len(model.prompt.state_dict()):
             model.anchor_prompt()
@@ -387,10 +389,7 @@ class MultimodalMoEModel(PreTrainedModel):
     @torch.no_grad()
     def anchor_prompt(self) -> None:
         """Start the prompt from its towers; has to be repeated when their weights are replaced."""
-        anchors = {name: tower.anchor() for name, tower in self._towers()}
-        given = {name: anchor_D for name, anchor_D in anchors.items() if anchor_D is not None}
-        if not any(anchor_D.is_meta for anchor_D in given.values()):
-            self.prompt.anchor(given)
+        self.prompt.anchor(anchors(self.backbone))
 
     @torch.no_grad()
     def initialise_prompt(self, batches: Iterable[Mapping[str, Any]]) -> None:
@@ -399,9 +398,4 @@ class MultimodalMoEModel(PreTrainedModel):
         Args:
             batches: a few training batches, the same on every process.
         """
-        tokens: dict[str, list[Tensor]] = {name: [] for name in self.modalities}
-        for batch in batches:
-            for name, payload in batch["inputs"].items():
-                x_NLD, mask_NL = self.backbone.towers[name].embed(payload)  # type: ignore[operator]
-                tokens[name].append(x_NLD.flatten(0, 1) if mask_NL is None else x_NLD[mask_NL])
-        self.prompt.initialise({name: torch.cat(x) for name, x in tokens.items() if x})
+        self.prompt.initialise(first_tokens(self.backbone, batches))

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mm_moe.errors import ConfigError
-from mm_moe.models import MultimodalMoEConfig, build_model
+from mm_moe.models import MultimodalMoEConfig, MultimodalMoEModel, build_model
+from mm_moe.registry import PROMPTS
 from prompts.rep_code import RepCodePrompt
 from prompts.rep_fixed import RepFixedPrompt
 
@@ -173,3 +174,25 @@ def test_the_share_is_bounded_and_not_decayed_in_the_fixed_one():
 def test_wrong_options_give_numbers(options, message):
     with pytest.raises(ConfigError, match=message):
         RepCodePrompt(**PAIR, **options)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_saved_model_comes_back_with_its_prompt(prompt, tmp_path):
+    """Frozen tables too; and a prompt that the folder lacks starts at the towers' own tokens."""
+    torch.manual_seed(0)
+    config = MultimodalMoEConfig(backbone_config=SMALL, label_names=["x", "y"], prompt=prompt)
+    model = build_model(config).eval()
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    again = MultimodalMoEModel.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    trained = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert {n: p.requires_grad for n, p in again.named_parameters()} == trained
+    if prompt == "none":
+        config.prompt = "rep_code"
+        new = MultimodalMoEModel.from_pretrained(tmp_path, config=config)
+        distance = new.prompt.states["text"] - new.backbone.towers["text"].anchor()
+        assert torch.allclose(distance.norm(dim=-1), torch.tensor(0.2), atol=1e-5)
+        assert not new.prompt.queries["text"].requires_grad
+        assert new.prompt.queries["text"].std() == pytest.approx(0.02, rel=0.2)
