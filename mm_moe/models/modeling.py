@@ -255,9 +255,8 @@ class MultimodalMoEModel(PreTrainedModel):
             blank = int(payload is None)
             used_N = torch.cat([rows_N, lacking[name]])
             zeros_BD = feature_ND.new_zeros(len(present), feature_ND.shape[-1])
-            features[name] = zeros_BD.index_copy(0, used_N, feature_ND[blank:])
-            if blank:
-                features[name] = features[name] + 0 * feature_ND[0].sum()
+            feature_BD = zeros_BD.index_copy(0, used_N, feature_ND[blank:])
+            features[name] = feature_BD + 0 * feature_ND[:blank].sum()
             routing.update(records)
         return MultimodalMoEOutput(
             logits=self._logits(features),
