@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 TRAIN, PLAN = ROOT / "launch" / "train.py", ROOT / "launch" / "plan.py"
 STEPS = 2  # optimizer state exists from the end of the first one
 SMALL = {"num_blocks": 2}
+NARROW = {"width": 256, "num_blocks": 6, "num_heads": 4, "hidden": 1024, "patch_size": 8}
 MIDDLE = {"width": 512, "num_blocks": 8, "num_heads": 8, "hidden": 2048}
 
 
@@ -104,6 +105,10 @@ FULL = [
     Case("middle, towers locked", "zero2", shape=MIDDLE, bf16=True,
          more=("--lock_image", "true", "--lock_text", "true")),
     Case("middle", "zero2_offload", shape=MIDDLE),
+    Case("wide batch", "zero2", shape=NARROW, bucket=1_000_000, bf16=True,
+         more=("--global_batch_size", "256")),
+    Case("wide batch, blocks twice", "zero2", shape=NARROW, bucket=1_000_000, bf16=True,
+         more=("--global_batch_size", "256", "--activation_checkpointing", "true")),
     Case("middle, spread", "zero0", processes=2, ep_size=2, shape=MIDDLE),
     Case("middle, spread", "zero1", processes=2, ep_size=2, shape=MIDDLE, num_experts=8),
     Case("middle, spread k 2", "zero2", processes=2, ep_size=2, shape=MIDDLE, num_experts=8,
