@@ -22,7 +22,7 @@ def measured_here(rank: int, world_size: int, flags: list[str]) -> dict:
 def test_estimate_is_within_15_percent(case, tmp_path):
     flags, file = case.flags(tmp_path), tmp_path / "plan.json"
     words = [*flags, "--output_dir", str(tmp_path / "run")]
-    ranks = run_distributed(measured_here, case.processes, words)
+    ranks = run_distributed(measured_here, case.processes, words, timeout_s=300)
     plan.main(["--json", str(file), *plan_flags(ranks), *flags])
     row = compare(case, ranks, json.loads(file.read_text()))
     assert 0.85 <= row["ratio"] <= 1.15, memory_estimate.line(row)
