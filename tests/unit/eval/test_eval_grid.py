@@ -258,7 +258,15 @@ def test_a_refused_training_is_told_in_its_own_words(here):
         run()
 
 
-def test_a_grid_that_is_stopped_ends_its_trainings_and_goes_on_later(here):
+@pytest.fixture
+def control_c():
+    """Ctrl-C raises, also where this process was started in the background and ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_grid_that_is_stopped_ends_its_trainings_and_goes_on_later(here, control_c):
     sleeps = "import os, time; open('pid.txt', 'w').write(str(os.getpid())); time.sleep(60)"
     Path("fakes/train.py").write_text(sleeps)
     main_thread = threading.main_thread().ident
