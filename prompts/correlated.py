@@ -17,6 +17,7 @@ the common table, Q patterns with something present.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -30,7 +31,46 @@ from prompts.base import Edit, Prompt, extend_mask
 STD = 0.02
 
 
-class CorrelatedPrompt(Prompt):
+class PatternPrompt(Prompt):
+    """Base of prompts whose tokens depend on the set of present modalities alone.
+
+    Attributes:
+        layers: how many of the first blocks get new private tokens; 0 for no prompt at all.
+        common: the shared table of the common group, None where it is off.
+        common_generators: modality -> tokens of the common group from `common`.
+        queries: modality -> queries (Q, n, D) of the dynamic group.
+        attention: modality -> what the queries look at the tokens with; empty where it is off.
+    """
+
+    layers: int
+    common: nn.Parameter | None
+    common_generators: nn.ModuleDict
+    queries: nn.ParameterDict
+    attention: nn.ModuleDict
+
+    @abstractmethod
+    def private_tokens(self) -> dict[str, list[Tensor]]:
+        """Modality -> tokens (Q, n, D) of each prompted block, for every pattern; none if off."""
+
+    def start(self, present_BM: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Edit]:
+        """Generate every pattern's tokens and gather each row's."""
+        if not self.layers:
+            return {}
+        private = self.private_tokens()
+        edits: dict[str, Edit] = {}
+        for name, rows_N in rows.items():
+            pattern_N = pattern_index(present_BM[rows_N]) - 1
+            common_NnD = query_NnD = attention = None
+            if self.common is not None:
+                common_NnD = self.common_generators[name](self.common)[pattern_N]
+            if name in self.attention:
+                query_NnD, attention = self.queries[name][pattern_N], self.attention[name]
+            blocks = [table_QnD[pattern_N] for table_QnD in private[name]]
+            edits[name] = CorrelatedEdit(blocks, common_NnD, query_NnD, attention)
+        return edits
+
+
+class CorrelatedPrompt(PatternPrompt):
     """Correlated, dynamic and modal-common prompts.
 
     Args:
@@ -112,24 +152,7 @@ class CorrelatedPrompt(Prompt):
         if self.common is not None:
             nn.init.normal_(self.common, std=STD)
 
-    def start(self, present_BM: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Edit]:
-        """Generate every pattern's tokens and gather each row's."""
-        if not self.layers:
-            return {}
-        correlated = self.correlated()
-        edits: dict[str, Edit] = {}
-        for name, rows_N in rows.items():
-            pattern_N = pattern_index(present_BM[rows_N]) - 1
-            common_NnD = query_NnD = attention = None
-            if self.common is not None:
-                common_NnD = self.common_generators[name](self.common)[pattern_N]
-            if name in self.attention:
-                query_NnD, attention = self.queries[name][pattern_N], self.attention[name]
-            blocks = [table_QnD[pattern_N] for table_QnD in correlated[name]]
-            edits[name] = CorrelatedEdit(blocks, common_NnD, query_NnD, attention)
-        return edits
-
-    def correlated(self) -> dict[str, list[Tensor]]:
+    def private_tokens(self) -> dict[str, list[Tensor]]:
         """Modality -> tokens (Q, n, D) of each prompted block, for every pattern; none if off.
 
         A tower's tokens depend on all modalities' tables, those of absent ones too: what is missing

@@ -26,11 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm_moe.batch import pattern_index
 from mm_moe.errors import ConfigError
 from mm_moe.registry import nearest
-from prompts.base import Edit, Prompt
-from prompts.correlated import CorrelatedEdit, DynamicAttention
+from prompts.correlated import DynamicAttention, PatternPrompt
 
 QUERY_STD = 0.02
 
@@ -96,7 +94,7 @@ class ResidualOptions:
         return dataclasses.replace(self, **options)
 
 
-class ResidualPrompt(Prompt):
+class ResidualPrompt(PatternPrompt):
     """Private, common and dynamic tokens with residual generators, for M >= 2 modalities.
 
     Where we differ from the source: any number of modalities; frozen queries are saved with the
@@ -203,23 +201,6 @@ class ResidualPrompt(Prompt):
             base_D = base_D.to(table)
             noise = base_D + (base_D.norm() if self.options.relative_noise else 1.0) * noise
         table.copy_(noise)
-
-    def start(self, present_BM: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Edit]:
-        """Generate every pattern's tokens and gather each row's."""
-        if not self.layers:
-            return {}
-        private = self.private_tokens()
-        edits: dict[str, Edit] = {}
-        for name, rows_N in rows.items():
-            pattern_N = pattern_index(present_BM[rows_N]) - 1
-            common_NnD = query_NnD = attention = None
-            if self.common is not None:
-                common_NnD = self.common_generators[name](self.common)[pattern_N]
-            if name in self.attention:
-                query_NnD, attention = self.queries[name][pattern_N], self.attention[name]
-            blocks = [table_QnD[pattern_N] for table_QnD in private[name]]
-            edits[name] = CorrelatedEdit(blocks, common_NnD, query_NnD, attention)
-        return edits
 
     def private_tokens(self) -> dict[str, list[Tensor]]:
         """Modality -> tokens (Q, n, D) of each prompted block, for every pattern; none if off."""

@@ -17,7 +17,7 @@ def test_patterns_choose_present_and_absent_rows():
             prompt.states[name][1] = value
     seen = []
     prompt.norms["a"][0].register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    prompt.correlated()
+    prompt.private_tokens()
     # patterns a, b, both: the first four values are a's, the other six b's
     assert seen[0][:, 0, [0, 9]].tolist() == [[1, 0], [0, 2], [1, 2]]
 
@@ -30,7 +30,7 @@ def test_correlated_slots_are_overwritten_and_the_others_kept():
     assert edit.prefix == 6
     assert mask_NL.tolist() == [[True] * 8 + [False]]
     later, _ = edit.before(1, x_NLD + 100, mask_NL)
-    tokens = prompt.correlated()["a"]
+    tokens = prompt.private_tokens()["a"]
     assert torch.equal(later[:, :2], tokens[1][2:])
     assert torch.equal(later[:, 2:], x_NLD[:, 2:] + 100)
     same, _ = edit.before(2, later, mask_NL)
