@@ -7,7 +7,7 @@ N samples, M modalities.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from eval.chance import chance
 from eval.metrics import has_label, headline, interval, scores
+from mm_moe.data.collate import Missing
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import ConfigError, DataError
@@ -24,7 +25,7 @@ from mm_moe.training.predict import Predictions
 COMPLETE, MIXED = "complete", "mixed"
 MOST_IN_FULL = 4  # modalities; 14 sets of them short of all
 
-Predict = Callable[[MissingProtocol | None, str], Predictions]
+Predict = Callable[[Sequence[Missing | None], str], Iterable[Predictions]]
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,8 @@ def evaluate_conditions(
     """Score one model under all test conditions.
 
     Args:
-        predict: (missing protocol or None, split) -> predictions of the whole split. It is called
-            once for each condition, in the same order on every rank.
+        predict: (protocols, split) -> predictions of the whole split under each protocol, in
+            order; None leaves every sample as it is. Called once, on every rank alike.
         source: names the masks and the kind of task.
         modalities: the model's modalities.
         num_labels: C.
@@ -174,8 +175,8 @@ def evaluate_conditions(
     else:
         table = chosen_conditions(patterns, modalities=modalities, **key)
     rows = []
-    for condition, missing in table.items():
-        found = predict(missing, split)
+    everything = predict(list(table.values()), split)
+    for condition, found in zip(table, everything, strict=True):
         if keep is not None:
             keep(condition, found)
         if not has_label(found.labels).any():

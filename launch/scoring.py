@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from eval.patterns import ConditionScore, evaluate_conditions
-from mm_moe.data.collate import Collator
-from mm_moe.data.missing import MissingProtocol
+from mm_moe.data.collate import Collator, Missing
 from mm_moe.data.schema import DataSource
 from mm_moe.data.streaming import SampleStream
+from mm_moe.data.views import ViewCollator, ViewStream
+from mm_moe.moe.layer import couples_samples
 from mm_moe.training import runtime
-from mm_moe.training.predict import Predictions, predict
+from mm_moe.training.predict import Predictions, by_protocol, predict
 
 DEFAULT_MIXED_RATIO = 0.5  # of the mixed test condition, for a run without imposed missingness
 
@@ -41,7 +42,7 @@ class Scorer:
     max_bad_samples: int
     bad_ids: list[str] = field(default_factory=list)
 
-    def collator(self, missing: MissingProtocol | None) -> Collator:
+    def collator(self, missing: Missing | None) -> Collator:
         """Turns samples into batches under a protocol."""
         return Collator(
             modalities=self.source.modalities,
@@ -52,9 +53,32 @@ class Scorer:
             max_bad_samples=self.max_bad_samples,
         )
 
-    def predict(self, missing: MissingProtocol | None, split: str) -> Predictions:
+    def predict(self, missing: Missing | None, split: str) -> Predictions:
         """Predictions for a split, each sample once over the ranks. A collective."""
-        stream = SampleStream(
+        collator = self.collator(missing)
+        loader = DataLoader(self._stream(split), batch_size=self.batch_size, collate_fn=collator)
+        found = predict(self.model, loader, num_modalities=len(self.source.modalities))
+        self.note_bad(collator)
+        return found
+
+    def predict_all(self, protocols: Sequence[Missing | None], split: str) -> Iterable[Predictions]:
+        """The predictions of `predict` under each protocol, in order. A collective.
+
+        The model sees each different remainder of a sample once, however many protocols leave it;
+        where rows of a batch depend on each other, every protocol takes its own pass.
+        """
+        if couples_samples(self.model):
+            return (self.predict(missing, split) for missing in protocols)
+        modalities, collator = self.source.modalities, self.collator(None)
+        stream = ViewStream(self._stream(split), protocols=protocols, modalities=modalities)
+        loader = DataLoader(stream, self.batch_size, collate_fn=ViewCollator(collator))
+        found = predict(self.model, loader, num_modalities=len(modalities))
+        self.note_bad(collator)
+        return by_protocol(found, count=len(protocols))
+
+    def _stream(self, split: str) -> SampleStream:
+        """This rank's samples of one pass over a split."""
+        return SampleStream(
             self.source,
             split=split,
             batch_size=self.batch_size,
@@ -62,11 +86,6 @@ class Scorer:
             world_size=runtime.world_size(),
             epochs=1,
         )
-        collator = self.collator(missing)
-        loader = DataLoader(stream, batch_size=self.batch_size, collate_fn=collator)
-        found = predict(self.model, loader, num_modalities=len(self.source.modalities))
-        self.note_bad(collator)
-        return found
 
     def note_bad(self, collator: Collator) -> None:
         """Remember the ids that did not decode on any rank. A collective."""
@@ -96,7 +115,7 @@ class Scorer:
             keep: called with each condition and its predictions.
         """
         return evaluate_conditions(
-            self.predict,
+            self.predict_all,
             source=self.source,
             modalities=self.source.modalities,
             num_labels=num_outputs(self.source),

@@ -86,7 +86,7 @@ class Collator:
             DataError: a label outside its classes, or too many undecodable images.
         """
         ids = [sample.id for sample in samples]
-        present_BM = self._present(samples)
+        present_BM = presence(samples, modalities=self.modalities, missing=self.missing)
         inputs = {}
         for m, name in enumerate(self.modalities):
             values = [
@@ -100,18 +100,6 @@ class Collator:
             if rows:
                 inputs[name] = self.processors[name](rows)
         return Batch.of(ids, present_BM, inputs, self._labels(samples, present_BM.any(-1)))
-
-    def _present(self, samples: list[Sample]) -> Tensor:
-        """Natural presence and the mask, before decoding: bool (B, M)."""
-        rows = [[_exists(s.payload.get(name)) for name in self.modalities] for s in samples]
-        natural_BM = torch.tensor(rows, dtype=torch.bool).reshape(
-            len(samples), len(self.modalities)
-        )
-        if self.missing is None or not samples:
-            return natural_BM
-        imposed_BM = self.missing.present([sample.mask_key for sample in samples], self.modalities)
-        left_BM = natural_BM & imposed_BM
-        return torch.where(left_BM.any(-1, keepdim=True), left_BM, natural_BM)
 
     def _decode(self, modality: str, sample: Sample) -> Any:
         """The value for the processor, or None for an image that does not decode."""
@@ -161,6 +149,21 @@ class Collator:
             if sample.label is not None and kept_B[row]:
                 labels[row] = torch.as_tensor(sample.label, dtype=dtype)
         return labels
+
+
+def presence(
+    samples: Sequence[Sample], *, modalities: Sequence[str], missing: Missing | None
+) -> Tensor:
+    """What samples have by nature and a protocol leaves them, before decoding: bool (B, M).
+
+    A sample that would be left with nothing keeps what it has.
+    """
+    rows = [[_exists(sample.payload.get(name)) for name in modalities] for sample in samples]
+    natural_BM = torch.tensor(rows, dtype=torch.bool).reshape(len(samples), len(modalities))
+    if missing is None or not samples:
+        return natural_BM
+    left_BM = natural_BM & missing.present([sample.mask_key for sample in samples], modalities)
+    return torch.where(left_BM.any(-1, keepdim=True), left_BM, natural_BM)
 
 
 def _exists(value: Any) -> bool:

@@ -141,3 +141,13 @@ def _companion(
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     """The sparse layers of a model by their full names, in the order of the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+
+
+def couples_samples(model: nn.Module) -> bool:
+    """Whether a sample's output depends on the other samples of its batch, outside training.
+
+    So it does where experts have a capacity or choose their tokens. A model without either says the
+    same of a sample whatever it is batched with, up to rounding.
+    """
+    layers = moe_layers(model).values()
+    return any(layer.settings.drop_tokens or layer.router.couples_samples for layer in layers)

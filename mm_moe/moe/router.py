@@ -103,6 +103,7 @@ class Router(nn.Module, ABC):
         takes_capacity: whether `drop_tokens` works.
         keeps_dense_function: whether an upcycled layer equals the dense one at initialisation: the
             weights of a token's experts sum to 1.
+        couples_samples: whether a token's output depends on the tokens of other sequences.
 
     Raises:
         ConfigError: a setting that this router cannot honour.
@@ -111,6 +112,7 @@ class Router(nn.Module, ABC):
     takes_bias: ClassVar[bool] = False
     takes_capacity: ClassVar[bool] = True
     keeps_dense_function: ClassVar[bool] = True
+    couples_samples: ClassVar[bool] = False
     bias_steps: Tensor  # only there with a bias_update_rate
 
     def __init__(self, *, width: int, settings: MoESettings, num_scores: int | None = None) -> None:

@@ -33,6 +33,7 @@ class ExpertChoiceRouter(Router):
 
     takes_capacity = False
     keeps_dense_function = False
+    couples_samples = True
 
     def forward(
         self, x_TD: Tensor, context: TokenContext | None = None, noise: Tensor | None = None

@@ -5,7 +5,7 @@ N samples of the split, C classes, M modalities.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mm_moe.batch import IGNORED_LABEL, Batch
+from mm_moe.data.views import read_key
 from mm_moe.training.runtime import any_rank, gather_objects
 
 
@@ -84,6 +85,24 @@ def predict(model: nn.Module, batches: Iterable[Batch], *, num_modalities: int) 
     return Predictions(
         list(columns[0]), np.array(columns[1]), np.array(columns[2]), np.array(columns[3])
     )
+
+
+def by_protocol(found: Predictions, *, count: int) -> Iterator[Predictions]:
+    """Predictions under each of `count` protocols, from those of all views (`mm_moe.data.views`).
+
+    They are what `predict` gives for one protocol alone, if no row of a batch depends on another
+    (`mm_moe.moe.layer.couples_samples`).
+    """
+    keys = [read_key(key) for key in found.ids]
+    order = sorted(range(len(keys)), key=lambda row: keys[row][0])
+    for protocol in range(count):
+        rows = [row for row in order if protocol in keys[row][1]]
+        yield Predictions(
+            [keys[row][0] for row in rows],
+            found.logits[rows],
+            found.labels[rows],
+            found.present[rows],
+        )
 
 
 def _labels(batch: Batch) -> np.ndarray:

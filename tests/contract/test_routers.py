@@ -103,3 +103,13 @@ def test_an_upcycled_layer_is_the_dense_one_exactly_if_the_router_says_so(name, 
     x_NLD = torch.randn(N, L, D)
     gap = (sparse(x_NLD, None, CONTEXT)[0] - dense(x_NLD)).abs().max().item()
     assert gap <= 1e-5 if ROUTERS.resolve(name).keeps_dense_function else gap > 1e-2
+
+
+@pytest.mark.parametrize(("name", "top_k"), CASES)
+def test_a_sequence_depends_on_others_only_if_the_router_says_so(name, top_k):
+    torch.manual_seed(0)
+    layer = MoELayer(width=D, hidden=16, settings=settings_of(name, top_k)).eval()
+    x_NLD = torch.randn(N, L, D)
+    other_NLD = torch.cat([x_NLD[:1], 5 * torch.randn(N - 1, L, D)])
+    gap = layer(x_NLD, None, CONTEXT)[0][0] - layer(other_NLD, None, CONTEXT)[0][0]
+    assert (gap.abs().max().item() > 1e-5) == ROUTERS.resolve(name).couples_samples

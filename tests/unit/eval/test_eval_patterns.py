@@ -14,7 +14,11 @@ LABELS = np.array([index % 2 for index in range(200)])
 SOURCE = SimpleNamespace(name="toy", problem_type="single_label_classification", task=None)
 
 
-def predict(missing, split):
+def predict(protocols, split):
+    return [predict_one(missing, split) for missing in protocols]
+
+
+def predict_one(missing, split):
     """A model that reads the text: always right with it, always says class 0 without it."""
     assert split == "test"
     if missing is None:
@@ -75,18 +79,19 @@ def test_scores_follow_what_is_missing():
 
 
 def test_rows_without_a_label_are_not_counted():
-    def half_labelled(missing, split):
-        found = predict(missing, split)
-        labels = np.where(np.arange(200) < 50, found.labels, IGNORED_LABEL)
-        return Predictions(found.ids, found.logits, labels, found.present)
+    def half_labelled(protocols, split):
+        for found in predict(protocols, split):
+            labels = np.where(np.arange(200) < 50, found.labels, IGNORED_LABEL)
+            yield Predictions(found.ids, found.logits, labels, found.present)
 
     assert {row.n for row in evaluate(half_labelled)} == {50}
 
 
 def test_a_split_without_labels_is_named():
-    def unlabelled(missing, split):
-        found = predict(missing, split)
-        return Predictions(found.ids, found.logits, np.full(200, IGNORED_LABEL), found.present)
+    def unlabelled(protocols, split):
+        for found in predict(protocols, split):
+            labels = np.full(200, IGNORED_LABEL)
+            yield Predictions(found.ids, found.logits, labels, found.present)
 
     with pytest.raises(DataError, match="'test' of 'toy' has no labelled sample"):
         evaluate(unlabelled)
