@@ -236,6 +236,10 @@ class Backbone(nn.Module):
         """Width of every modality's feature."""
         return next(iter(self.towers.values())).out_width  # type: ignore[return-value]
 
+    def feature_width(self, modality: str) -> int:
+        """Width of one modality's feature; `out_width` where they are all equal."""
+        return self.out_width
+
     def set_towers(self, towers: dict[str, Tower]) -> None:
         """Register the towers in the order of `modalities`."""
         for index, name in enumerate(self.modalities):

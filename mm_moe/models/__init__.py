@@ -4,7 +4,8 @@ from transformers import AutoConfig, AutoModel
 
 from mm_moe.models.building import build_model
 from mm_moe.models.configuration import MultimodalMoEConfig
-from mm_moe.models.modeling import MultimodalMoEModel, MultimodalMoEOutput
+from mm_moe.models.modeling import MultimodalMoEModel
+from mm_moe.models.output import MultimodalMoEOutput
 from mm_moe.models.processing import processors_for, save_processors
 
 AutoConfig.register(MultimodalMoEConfig.model_type, MultimodalMoEConfig)

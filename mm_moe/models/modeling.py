@@ -7,51 +7,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from mm_moe.backbones.base import Backbone, Payload, Tower, check_options
-from mm_moe.batch import pattern_index
-from mm_moe.errors import CheckpointError, ConfigError, DataError
+from mm_moe.errors import ConfigError
 from mm_moe.models.adapters import LoraSettings, add_lora, merge_lora
 from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.models.fusion import Head, new_head
 from mm_moe.models.generation import check_generates, generated_rows, generated_tokens
+from mm_moe.models.loading import check_loaded
+from mm_moe.models.output import MultimodalMoEOutput, mean_router_losses
 from mm_moe.models.prompt_start import anchors, first_tokens
-from mm_moe.models.shapes import shape_difference
+from mm_moe.models.rows import packed_rows, prompt_rows, token_contexts
 from mm_moe.models.trainable import freeze_tower, trainable_counts
-from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import MoELayer, RoutingRecord
 from mm_moe.moe.upcycle import upcycle
 from mm_moe.registry import BACKBONES, PROMPTS
 from prompts.base import Prompt
 
-HEAD_STD = 0.02
 LOGIT_SCALE = 2.6592  # log(1 / 0.07), CLIP's
 OPTIONAL_ON_LOAD = ("head.", "prompt.", "logit_scale")  # may be new when a checkpoint is taken over
-
-
-@dataclass
-class MultimodalMoEOutput(ModelOutput):
-    """What a forward pass returns.
-
-    Attributes:
-        logits: (B, C), None without a head.
-        features: modality -> (B, D), zero rows where the modality is absent and not generated.
-        losses: terms to add to the objective, coefficients applied: those of the routers averaged
-            over the sparse layers, and those of the prompt.
-        routing: "<modality>.<block>" -> record of each sparse layer.
-    """
-
-    logits: Tensor | None = None
-    features: dict[str, Tensor] = None  # type: ignore[assignment]  # the library wants defaults
-    losses: dict[str, Tensor] = None  # type: ignore[assignment]
-    routing: dict[str, RoutingRecord] = None  # type: ignore[assignment]
 
 
 class MultimodalMoEModel(PreTrainedModel):
@@ -89,8 +69,10 @@ class MultimodalMoEModel(PreTrainedModel):
         self.prompt = self._new_prompt()
         check_generates(self.prompt, backbone)
         self.anchor_prompt()
-        width = backbone.out_width * len(modalities)
-        self.head = nn.Linear(width, config.num_labels) if config.num_labels else None
+        self.head: Head | None = None
+        if config.num_labels:
+            widths = [backbone.feature_width(name) for name in modalities]
+            self.head = new_head(widths, config.num_labels, config.fusion_settings)
         self.logit_scale: nn.Parameter | None = None
         if self.head is None:
             # one element, not a scalar: DeepSpeed cannot broadcast tensors without dimensions
@@ -138,9 +120,6 @@ class MultimodalMoEModel(PreTrainedModel):
 
     def _finish(self) -> None:
         """Let the library do its book-keeping, but not draw the weights again."""
-        if self.head is not None and not self.head.weight.is_meta:
-            nn.init.normal_(self.head.weight, std=HEAD_STD)
-            nn.init.zeros_(self.head.bias)
         if not next(self.parameters()).is_meta:
             for module in self.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]
@@ -171,8 +150,7 @@ class MultimodalMoEModel(PreTrainedModel):
         parameters that were loaded.
         """
         if module is self.head:
-            nn.init.normal_(self.head.weight, std=HEAD_STD)
-            nn.init.zeros_(self.head.bias)
+            self.head.draw()
         elif module is self and self.logit_scale is not None:
             nn.init.constant_(self.logit_scale, LOGIT_SCALE)
         elif any(module is part for part in self.prompt.modules()):
@@ -197,22 +175,16 @@ class MultimodalMoEModel(PreTrainedModel):
         )
         model, info = loaded
         source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
-        lost = sorted(k for k in info["missing_keys"] if not k.startswith(OPTIONAL_ON_LOAD))
-        if lost:
-            raise CheckpointError(
-                f"the weights of {source!r} lack {len(lost)} tensors of the model, the first is "
-                f"{lost[0]!r}; load them with their own config.json."
-            )
-        for name, found, expected in sorted(info["mismatched_keys"]):
-            if not may_differ:
-                raise CheckpointError(
-                    f"the weights of {source!r}: {shape_difference(name, found, expected)}"
-                )
+        check_loaded(source, info, optional=OPTIONAL_ON_LOAD, may_differ=may_differ)
         model.prompt.freeze_fixed()
         new = {name for name in info["missing_keys"] if name.startswith("prompt.")}
         if new and len(new) == len(model.prompt.state_dict()):
             model.anchor_prompt()
         return (model, info) if wants_info else model
+
+    def sparse_layers(self) -> dict[str, MoELayer]:
+        """The sparse layers by the names of their routing records."""
+        return self.backbone.sparse_layers()
 
     def _towers(self) -> list[tuple[str, Tower]]:
         return [(name, self.backbone.towers[name]) for name in self.modalities]  # type: ignore[misc]
@@ -239,11 +211,11 @@ class MultimodalMoEModel(PreTrainedModel):
             DataError: a payload whose rows are not the samples that have the modality, or
                 interactions that are not one per sample.
         """
-        rows = self._packed_rows(present, inputs)
+        rows = packed_rows(present, inputs, self.modalities)
         generated = generated_tokens(self.prompt, self.backbone, present, inputs)
         lacking = generated_rows(generated, self.modalities, present)
-        contexts = self._contexts(present, interaction, rows, lacking)
-        edits = self._start_prompt(present, rows, lacking)
+        contexts = token_contexts(present, interaction, rows, lacking)
+        edits = self.prompt.start(*prompt_rows(present, rows, lacking))
         features: dict[str, Tensor] = {}
         routing: dict[str, RoutingRecord] = {}
         for name in self.modalities:
@@ -261,72 +233,8 @@ class MultimodalMoEModel(PreTrainedModel):
         return MultimodalMoEOutput(
             logits=self._logits(features),
             features=features,
-            losses=self._losses(routing),
+            losses=mean_router_losses(routing) | self.prompt.losses(),
             routing=routing,
-        )
-
-    def _packed_rows(self, present_BM: Tensor, inputs: Mapping[str, Payload]) -> dict[str, Tensor]:
-        """Positions (N,) in the batch of each modality's packed rows."""
-        if present_BM.ndim != 2 or present_BM.shape[1] != len(self.modalities):
-            raise DataError(
-                f"present has shape {tuple(present_BM.shape)}, not (B, {len(self.modalities)}) for "
-                f"the modalities {', '.join(self.modalities)}."
-            )
-        rows = {}
-        for m, name in enumerate(self.modalities):
-            rows[name] = present_BM[:, m].nonzero().squeeze(1)
-            payload = inputs.get(name) or {}
-            given = len(next(iter(payload.values()))) if payload else 0
-            if given != len(rows[name]):
-                raise DataError(
-                    f"the batch holds {given} rows of {name!r}, but {len(rows[name])} of its "
-                    f"{len(present_BM)} samples are marked as having it."
-                )
-        return rows
-
-    def _contexts(
-        self,
-        present_BM: Tensor,
-        interaction_B: Tensor | None,
-        rows: dict[str, Tensor],
-        lacking: dict[str, Tensor],
-    ) -> dict[str, TokenContext]:
-        """What routers may know of each modality's rows.
-
-        The blank row of a modality without rows has everything, and interaction 0.
-        """
-        if interaction_B is not None and interaction_B.shape != present_BM.shape[:1]:
-            raise DataError(
-                f"interaction has shape {tuple(interaction_B.shape)}; the batch has "
-                f"{len(present_BM)} samples and needs one type for each, ({len(present_BM)},)."
-            )
-        combination_B = pattern_index(present_BM)
-        if interaction_B is None and not len(present_BM):
-            interaction_B = combination_B  # no sample lacks its type
-        complete_1 = combination_B.new_full((1,), 2 ** len(self.modalities) - 1)
-        contexts = {}
-        for m, name in enumerate(self.modalities):
-            rows_N, interaction_N = rows[name], None
-            if interaction_B is not None:
-                interaction_N = interaction_B[rows_N] if len(rows_N) else complete_1 * 0
-                interaction_N = torch.cat([interaction_N, interaction_B[lacking[name]]])
-            combination_N = combination_B[rows_N] if len(rows_N) else complete_1
-            combination_N = torch.cat([combination_N, combination_B[lacking[name]]])
-            contexts[name] = TokenContext(m, combination_N, interaction_N)
-        return contexts
-
-    def _start_prompt(
-        self, present_BM: Tensor, rows: dict[str, Tensor], lacking: dict[str, Tensor]
-    ) -> dict[str, Any]:
-        """The prompt's edits; a modality without rows gets those of an extra, complete sample."""
-        complete_1M = present_BM.new_ones(1, present_BM.shape[1])
-        extra_1 = torch.full((1,), len(present_BM), device=present_BM.device)
-        return self.prompt.start(
-            torch.cat([present_BM, complete_1M]),
-            {
-                name: torch.cat([rows_N if len(rows_N) else extra_1, lacking[name]])
-                for name, rows_N in rows.items()
-            },
         )
 
     def _logits(self, features: dict[str, Tensor]) -> Tensor | None:
@@ -335,15 +243,7 @@ class MultimodalMoEModel(PreTrainedModel):
         parts = [features[name] for name in self.modalities]
         if self.config.feature_norm:  # a zero row stays zero
             parts = [F.layer_norm(part_BD, part_BD.shape[-1:]) for part_BD in parts]
-        return self.head(torch.cat(parts, dim=-1))
-
-    def _losses(self, routing: dict[str, RoutingRecord]) -> dict[str, Tensor]:
-        """Mean over the sparse layers, so that a coefficient means the same at any depth."""
-        losses: dict[str, Tensor] = {}
-        for record in routing.values():
-            for name, loss in record.losses.items():
-                losses[name] = losses.get(name, 0.0) + loss / len(routing)
-        return losses | self.prompt.losses()
+        return self.head.fuse(parts)
 
     def freeze(
         self,
