@@ -19,12 +19,12 @@ from eval.grid_plan import Cell
 from eval.metrics import resampled
 from eval.patterns import COMPLETE
 from eval.predictions import PredictionFile
+from eval.resamples import draw_groups, interval_of
 from mm_moe.errors import DataError
 
 Records = Mapping[Cell, Mapping[str, Any]]
 MEAN_MISSING = "mean of the missing"  # over all test patterns that lack something
 ALL_TRAINS = "all patterns"  # the mean over the training patterns
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -188,22 +188,23 @@ class Comparison:
 
     def _difference(self, cell: Cell, other: Cell) -> np.ndarray:
         """Differences (tests, 1 + R) of two cells: on all rows, and on every resample."""
-        (our_ids, ours), (their_ids, theirs) = self._values(cell), self._values(other)
-        if not np.array_equal(our_ids, their_ids):
+        (our_rows, ours), (their_rows, theirs) = self._values(cell), self._values(other)
+        if not np.array_equal(our_rows, their_rows):
             raise DataError(
                 f"cells {cell.folder_name!r} and {other.folder_name!r} were scored on different "
-                "samples; remove their folders and run the grid again."
+                "samples or groups of them; remove their folders and run the grid again."
             )
         return ours - theirs
 
     def _values(self, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
-        """Ids, and values (tests, 1 + R) of one cell, read and resampled once."""
+        """Ids and groups (2, N), and values (tests, 1 + R) of one cell, resampled once."""
         if cell not in self._known:
             run = self.folder / "cells" / cell.folder_name / "run"
             file = PredictionFile.load(run / f"predictions-{self.data['test_split']}.npz")
-            rows = draw_groups(file.groups, num_resamples=self.num_resamples, seed=self.seed)
+            draws = {"num_resamples": self.num_resamples, "seed": self.seed}
+            rows = list(draw_groups(file.groups, **draws))
             values = [self._resampled(file, test, rows) for test in self.tests]
-            self._known[cell] = (file.ids, np.array(values))
+            self._known[cell] = (np.stack([file.ids, file.groups]), np.array(values))
         return self._known[cell]
 
     def _resampled(self, file: PredictionFile, test: str, rows: list[np.ndarray]) -> np.ndarray:
@@ -217,31 +218,3 @@ class Comparison:
             num_labels=1 if self.data["problem_type"] == "regression" else num_labels,
             task=self.data["task"],
         )
-
-
-def draw_groups(groups: np.ndarray, *, num_resamples: int, seed: int) -> list[np.ndarray]:
-    """Rows of R resamples, each of as many whole groups as there are, drawn with replacement.
-
-    The same groups give the same rows, whatever the model. The plots of one movie go together; a
-    sample without a group is one of its own.
-    """
-    _, group_N, sizes_G = np.unique(groups, return_inverse=True, return_counts=True)
-    members = np.split(np.argsort(group_N, kind="stable"), np.cumsum(sizes_G)[:-1])
-    generator = np.random.default_rng(seed)
-    draws_RG = generator.integers(0, len(members), (num_resamples, len(members)))
-    if sizes_G.max() == 1:
-        return list(np.concatenate(members)[draws_RG])
-    return [np.concatenate([members[group] for group in drawn]) for drawn in draws_RG]
-
-
-def interval_of(values: np.ndarray) -> dict[str, float]:
-    """Difference, percentile interval and two-sided p of (1 + R,) values, the first on all rows.
-
-    p is twice the smaller share of resamples on either side of zero, those at zero counted on both,
-    with one added to count and total, so that it is never zero.
-    """
-    resamples = values[1:]
-    low, high = np.quantile(resamples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    fewer = min(int((resamples <= 0).sum()), int((resamples >= 0).sum()))
-    p = min(1.0, 2 * (fewer + 1) / (len(resamples) + 1))
-    return {"difference": float(values[0]), "low": float(low), "high": float(high), "p": p}

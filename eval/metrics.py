@@ -25,6 +25,7 @@ import numpy as np
 from sklearn import metrics as sk
 
 from eval import sentiment
+from eval.resamples import LEVEL, draw_groups
 from mm_moe.batch import IGNORED_LABEL
 from mm_moe.data.schema import (
     BINARY,
@@ -179,23 +180,25 @@ def interval(
     problem_type: str,
     num_labels: int,
     task: str | None = None,
+    groups: np.ndarray | None = None,
     num_resamples: int = 500,
-    level: float = 0.95,
+    level: float = LEVEL,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of one metric over the samples.
+    """Percentile bootstrap interval of one metric over the samples, or over groups of them.
+
+    Rows of one group are drawn together: they are no independent samples. `groups` names the group
+    of each row (N,); by default every row is its own.
 
     The interval holds for new samples of the same distribution and this one trained model; it says
     nothing about another training seed.
     """
     found = _Predicted(logits, labels, problem_type=problem_type, num_labels=num_labels, task=task)
     of = _metrics_of(task or problem_type)[metric]
-    generator = np.random.default_rng(seed)
-    count = len(found.labels)
-    values = [
-        found.value(metric, of, rows=generator.integers(0, count, count))
-        for _ in range(num_resamples)
-    ]
+    kept = has_label(labels)
+    names = np.arange(kept.sum()) if groups is None else np.asarray(groups)[kept]
+    draws = draw_groups(names, num_resamples=num_resamples, seed=seed)
+    values = [found.value(metric, of, rows=rows) for rows in draws]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -147,6 +147,7 @@ def evaluate_conditions(
     seed: int = 0,
     patterns: Sequence[str] | None = None,
     num_resamples: int = 500,
+    group_of: Mapping[str, str] | None = None,
     keep: Callable[[str, Predictions], None] | None = None,
 ) -> list[ConditionScore]:
     """Score one model under all test conditions.
@@ -163,6 +164,7 @@ def evaluate_conditions(
         seed: seed of the masks.
         patterns: the conditions, in the words of `parse_pattern`, instead of those of `conditions`.
         num_resamples: of the bootstrap interval; 0 leaves it out.
+        group_of: sample id -> its group, resampled as a whole; by default every sample is alone.
         keep: called with each condition and its predictions.
 
     Raises:
@@ -185,7 +187,8 @@ def evaluate_conditions(
                 f"{condition!r}; name another split to evaluate on."
             )
         task = {"problem_type": source.problem_type, "num_labels": num_labels, "task": source.task}
-        rows.append(_score(condition, found, prior, num_resamples, task))
+        groups = None if group_of is None else np.array([group_of[i] for i in found.ids])
+        rows.append(_score(condition, found, prior, num_resamples, groups, task))
     return rows
 
 
@@ -194,13 +197,14 @@ def _score(
     found: Predictions,
     prior: np.ndarray,
     num_resamples: int,
+    groups: np.ndarray | None,
     task: Mapping[str, Any],
 ) -> ConditionScore:
     """The scores of one condition; `task` is what `eval.metrics.scores` has to know."""
     spread = None
     if num_resamples:
         first = headline(task["task"] or task["problem_type"])
-        more: dict[str, Any] = {"metric": first, "num_resamples": num_resamples}
+        more: dict[str, Any] = {"metric": first, "num_resamples": num_resamples, "groups": groups}
         spread = interval(found.logits, found.labels, **more, **task)
     return ConditionScore(
         condition=condition,

@@ -210,6 +210,7 @@ class Run:
             split=data.validation_split,
             ratio=data.missing_ratio,
             seed=data.missing_seed,
+            num_resamples=0,
         )
         return {
             f"{row.condition.replace(' ', '_')}_{name}": value

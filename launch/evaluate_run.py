@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
             keep=found.__setitem__ if options.predictions else None,
         )
         if options.predictions:
-            group_of = {sample.id: sample.mask_key for sample in source.index(split)}
+            group_of = {sample.id: sample.group_key for sample in source.index(split)}
             file = PredictionFile.of(found, group_of=group_of, dataset=source.name)
             file.save(options.run / f"predictions-{split}.npz")
         document = scores_document({model.config.prompt: rows})

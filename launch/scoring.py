@@ -114,6 +114,9 @@ class Scorer:
             num_resamples: of the bootstrap intervals; 0 leaves them out.
             keep: called with each condition and its predictions.
         """
+        group_of = None
+        if num_resamples:
+            group_of = {sample.id: sample.group_key for sample in self.source.index(split)}
         return evaluate_conditions(
             self.predict_all,
             source=self.source,
@@ -125,6 +128,7 @@ class Scorer:
             seed=seed,
             patterns=patterns,
             num_resamples=num_resamples,
+            group_of=group_of,
             keep=keep,
         )
 

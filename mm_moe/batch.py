@@ -26,18 +26,26 @@ class Sample:
         payload: modality name -> raw value (encoded image bytes, str, array). A modality that the
             row lacks by nature is absent from the dict.
         label: class index (int), multi-hot list, float, or None.
-        group: rows of one group (the plots of a movie) share one fate under missing masks; None:
-            the row is alone.
+        group: rows of one group (the plots of a movie, two drawings of one emoji) are no
+            independent samples and are resampled together; None: the row is alone.
+        mask_key: what a missing mask is keyed by; by default the group, so that its rows share one
+            fate, or the id of a row that is alone. Kept apart from the group, because another key
+            is another mask.
     """
 
     id: str
     payload: dict[str, Any] = field(default_factory=dict)
     label: Any = None
     group: str | None = None
+    mask_key: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.mask_key:
+            object.__setattr__(self, "mask_key", self.group_key)
 
     @property
-    def mask_key(self) -> str:
-        """What a missing mask is keyed by."""
+    def group_key(self) -> str:
+        """The group, or the id of a row that is alone."""
         return self.id if self.group is None else self.group
 
 

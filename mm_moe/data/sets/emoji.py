@@ -73,10 +73,14 @@ class EmojiData(DataSource):
         return full.filter(lambda unified: emoji_split(unified) == split, input_columns=["unified"])
 
     def to_sample(self, row: dict[str, Any]) -> Sample:
-        """Image bytes, name, and the index of the category."""
+        """Image bytes, name, and the index of the category; the drawings of an emoji are a group.
+
+        Each drawing has its own missing mask, so that one of them may lack what the other has.
+        """
         label = label_index(row["category"], self.label_names, sample_id=row["id"])
         payload = {IMAGE: image_payload(row["image"]), TEXT: row["text"]}
-        return Sample(row["id"], {k: v for k, v in payload.items() if v}, label)
+        payload = {name: value for name, value in payload.items() if value}
+        return Sample(row["id"], payload, label, group=row["unified"], mask_key=row["id"])
 
     def size(self, split: str) -> int:
         """Drawings in a split."""

@@ -3,6 +3,7 @@ import io
 import pytest
 from PIL import Image
 
+from mm_moe.batch import Sample
 from mm_moe.data.chance import draws, split_of
 from mm_moe.data.embedded import make_emoji
 from mm_moe.data.sets.emoji import EMBEDDED, EmojiData
@@ -112,3 +113,17 @@ def test_the_notice_names_every_licence():
     notice = EMBEDDED.with_name("NOTICE.txt").read_text()
     for words in ("Cal Henderson", "The MIT License", "Apache License, Version 2.0", "CC-BY 4.0"):
         assert words in notice
+
+
+def test_the_drawings_of_an_emoji_are_a_group_with_masks_of_their_own():
+    samples = list(SampleStream(EmojiData(), split="validation", batch_size=8, epochs=1))
+    assert {sample.mask_key == sample.id for sample in samples} == {True}
+    groups = {sample.group_key for sample in samples}
+    assert len(groups) == 178
+    assert {sample.id.split("/")[1] for sample in samples} == groups
+
+
+def test_a_mask_follows_the_group_unless_it_is_named():
+    assert Sample("a").mask_key == Sample("a").group_key == "a"
+    assert Sample("a", group="g").mask_key == "g"
+    assert Sample("a", group="g", mask_key="a").mask_key == "a"

@@ -7,10 +7,10 @@ import pytest
 from sklearn.metrics import f1_score
 
 from eval.grid_report import PUBLISHED, beside_ours, published_for
-from eval.grid_table import draw_groups, interval_of
 from eval.metrics import resampled
 from eval.patterns import chosen_conditions, parse_pattern, pattern_name
 from eval.predictions import PredictionFile
+from eval.resamples import draw_groups, interval_of
 from mm_moe.batch import IGNORED_LABEL
 from mm_moe.errors import ConfigError, DataError
 from mm_moe.training.predict import Predictions
@@ -31,7 +31,7 @@ def test_resampled_metrics_are_those_of_scikit_learn():
     labels = generator.integers(0, 2, (30, 4)).astype(float)
     labels[:, 3] = 0
     labels[5] = IGNORED_LABEL  # takes part in no resample
-    rows = draw_groups(np.arange(30), num_resamples=3, seed=1)
+    rows = list(draw_groups(np.arange(30), num_resamples=3, seed=1))
     found = resampled(
         logits,
         labels,
@@ -64,9 +64,9 @@ def test_groups_are_drawn_whole():
     groups = np.array(["b", "a", "b", "c"])
     for rows in draw_groups(groups, num_resamples=20, seed=0):
         assert list(rows).count(0) == list(rows).count(2)
-    alone = draw_groups(np.array(["x", "y"]), num_resamples=50, seed=0)
+    alone = list(draw_groups(np.array(["x", "y"]), num_resamples=50, seed=0))
     assert {tuple(rows) for rows in alone} == {(0, 0), (0, 1), (1, 0), (1, 1)}
-    again = draw_groups(np.array(["x", "y"]), num_resamples=50, seed=0)
+    again = list(draw_groups(np.array(["x", "y"]), num_resamples=50, seed=0))
     assert np.array_equal(alone, again)
 
 

@@ -126,3 +126,17 @@ def test_interval_is_a_function_of_its_seed():
     arguments = (one_hot([0, 1, 2, 0]), np.array([0, 1, 1, 0]))
     first = interval(*arguments, metric="accuracy", seed=3, **SINGLE)
     assert first == interval(*arguments, metric="accuracy", seed=3, **SINGLE)
+
+
+def test_pairs_of_equal_rows_give_the_interval_of_half_as_many():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 200)
+    predicted = np.where(rng.random(200) < 0.7, labels, (labels + 1) % 3)
+    single = interval(one_hot(predicted), labels, metric="accuracy", **SINGLE)
+    twice, groups = np.repeat(predicted, 2), np.repeat(np.arange(200), 2)
+    labels = np.where(groups == 7, IGNORED_LABEL, np.repeat(labels, 2))  # takes no part
+    arguments = (one_hot(twice), labels)
+    pairs = interval(*arguments, groups=groups, metric="accuracy", **SINGLE)
+    apart = interval(*arguments, metric="accuracy", **SINGLE)
+    assert pairs == pytest.approx(single, abs=0.01)
+    assert (apart[1] - apart[0]) / (pairs[1] - pairs[0]) == pytest.approx(0.5**0.5, rel=0.1)
