@@ -65,6 +65,7 @@ def model_config(settings: Settings, source: DataSource, *, prompt: str) -> Mult
         if same_prompt
         else {},
         lora=lora_fields(settings.model),
+        feature_norm=settings.model.feature_norm,
         upcycle_noise=settings.moe.upcycle_noise,
         upcycle_drop=settings.moe.upcycle_drop,
         **label_fields(source),

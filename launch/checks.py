@@ -220,6 +220,7 @@ def check_same_model(resume: Path, config: dict[str, Any]) -> None:
     saved = MultimodalMoEConfig.from_dict(stored).to_dict()  # fields newer than it have defaults
     keys = ["backbone", "backbone_config", "modalities", "moe", "moe_layers", "moe_mode"]
     keys += ["moe_every", "lora", "prompt", "prompt_config", "num_labels", "problem_type"]
+    keys += ["feature_norm"]
     differing = [
         f"{key} was {saved.get(key)!r}, is {config.get(key)!r}"
         for key in keys

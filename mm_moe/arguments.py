@@ -101,6 +101,10 @@ class ModelArguments:
             "that of the pretrained weights."
         },
     )
+    feature_norm: bool = field(
+        default=True,
+        metadata={"help": "Bring each feature to mean 0 and variance 1 before the head."},
+    )
     lock_image: bool = field(
         default=False, metadata={"help": "Freeze the dense weights of the image tower."}
     )

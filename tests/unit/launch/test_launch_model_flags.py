@@ -5,9 +5,11 @@ import json
 import open_clip
 import pytest
 
+from launch.assemble import model_config
 from launch.cli import RecipeParser
 from launch.model_flags import settle_model
 from mm_moe.backbones.openclip import OpenClipBackbone
+from mm_moe.data.sets.emoji import EmojiData
 from mm_moe.errors import CheckpointError, ConfigError
 
 
@@ -60,3 +62,11 @@ def test_weights_that_cannot_be_fetched_name_a_way_out(monkeypatch):
         OpenClipBackbone.load(
             "laion2b_s34b_b88k", settings={"model": "ViT-B-16"}, modalities=("text",)
         )
+
+
+@pytest.mark.parametrize("words", [(), ("--feature_norm", "false")])
+def test_feature_norm_reaches_the_configuration(words, tmp_path):
+    parser = RecipeParser()
+    argv = [*words, "--pretrained", "none", "--output_dir", str(tmp_path), "--use_cpu"]
+    config = model_config(parser.build(parser.namespace(argv)), EmojiData(), prompt="none")
+    assert config.feature_norm is not bool(words)
