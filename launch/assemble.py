@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from launch.cli import Settings
+from launch.interaction_flags import training_interactions
 from launch.scoring import Scorer, train_prior
 from mm_moe.arguments import FLAG_OF_SETTING, ModelArguments, parse_json
 from mm_moe.data.collate import Collator
@@ -163,9 +164,10 @@ class Run:
     def train_collator(self) -> Collator:
         """The collator of the training split, under the run's own protocol."""
         data = self.settings.data
-        return self.scorer.collator(
-            self.protocol(kind=data.missing_type, ratio=data.missing_ratio, split=data.train_split)
+        protocol = self.protocol(
+            kind=data.missing_type, ratio=data.missing_ratio, split=data.train_split
         )
+        return self.scorer.collator(protocol, interactions=training_interactions(data))
 
     def train_stream(self, start: int) -> IterableDataset:
         """The endless training stream of this rank, from a global sample position."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from launch import checks, model_flags, moe_flags
+from launch import checks, interaction_flags, model_flags, moe_flags
 from launch.assemble import Run, for_comparison, prepare_run
 from launch.cli import RecipeParser, Settings
 from launch.finish import finish_run, write_run_file
@@ -141,6 +141,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     ep_size = moe_flags.expert_layout(values)
     moe_flags.check_backend(values, ep_size=ep_size)
     source = checks.open_source(values)
+    interaction_flags.check_interactions(values, source)
     resume = checks.resume_point(values)
     checks.check_output(values, resume=resume)
     settle(values, ep_size, source)

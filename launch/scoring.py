@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from eval.patterns import ConditionScore, evaluate_conditions
-from mm_moe.data.collate import Collator, Missing
+from mm_moe.data.collate import Collator, Interactions, Missing
 from mm_moe.data.schema import DataSource
 from mm_moe.data.streaming import SampleStream
 from mm_moe.data.views import ViewCollator, ViewStream
@@ -42,8 +42,10 @@ class Scorer:
     max_bad_samples: int
     bad_ids: list[str] = field(default_factory=list)
 
-    def collator(self, missing: Missing | None) -> Collator:
-        """Turns samples into batches under a protocol."""
+    def collator(
+        self, missing: Missing | None, *, interactions: Interactions | None = None
+    ) -> Collator:
+        """Turns samples into batches under a protocol; `interactions` are for training alone."""
         return Collator(
             modalities=self.source.modalities,
             processors=self.processors,
@@ -51,6 +53,7 @@ class Scorer:
             num_labels=num_outputs(self.source),
             missing=missing,
             max_bad_samples=self.max_bad_samples,
+            interactions=interactions,
         )
 
     def predict(self, missing: Missing | None, split: str) -> Predictions:

@@ -255,6 +255,19 @@ class DataArguments:
         default=0.0, metadata={"help": "Share of the samples that lack something."}
     )
     missing_seed: int = field(default=0, metadata={"help": "Seed of the missing mask."})
+    interaction_table: str | None = field(
+        default=None,
+        metadata={
+            "help": "Categories of the training rows, from `launch/prepare_data.py interactions`."
+        },
+    )
+    interaction_labels: str = field(
+        default="coarse",
+        metadata={
+            "help": "What of the table a batch carries: coarse (R, U, AS, DS), fine (U by "
+            "modality), or the weights coarse_soft or fine_soft."
+        },
+    )
     max_bad_samples: int = field(
         default=100, metadata={"help": "Undecodable samples after which the run stops."}
     )

@@ -57,8 +57,9 @@ class Batch(dict):
         present: bool (B, M).
         inputs: modality -> {name: Tensor (N, ...)}; a modality with N = 0 has no entry.
         labels: (B,) int64, (B, C) float or (B,) float; IGNORED_LABEL marks rows out of the loss.
-        interaction: (B,) int64, the type of the interaction between a sample's modalities; the key
-            is there only if the data know it.
+        interaction: (B,) int64, the type of the interaction between a sample's modalities,
+            IGNORED_LABEL where a row has none; or its weights (B, Q) float, rows of zeros. It holds
+            the label: the key is there only in training, under `--interaction_table`.
     """
 
     @classmethod

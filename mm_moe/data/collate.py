@@ -33,6 +33,13 @@ class Missing(Protocol):
         """Bool (B, M)."""
 
 
+class Interactions(Protocol):
+    """What knows the interaction of training samples: `interactions.training`."""
+
+    def __call__(self, ids: Sequence[str]) -> Tensor:
+        """Int64 (B,), or float (B, Q)."""
+
+
 class Collator:
     """Builds a `Batch` from `Sample` objects.
 
@@ -44,6 +51,7 @@ class Collator:
         num_labels: number of classes.
         missing: imposed missingness, or None. It never takes the last modality that a row has.
         max_bad_samples: how many samples with an undecodable image are borne before the run stops.
+        interactions: gives the key "interaction" of training batches, or None.
 
     Attributes:
         bad_ids: the ids of such samples that *this process* met, in order. With loader workers each
@@ -62,6 +70,7 @@ class Collator:
         num_labels: int,
         missing: Missing | None = None,
         max_bad_samples: int = 100,
+        interactions: Interactions | None = None,
     ) -> None:
         lacking = [name for name in modalities if name not in processors]
         if lacking:
@@ -69,6 +78,7 @@ class Collator:
         self.modalities, self.processors = tuple(modalities), processors
         self.problem_type, self.num_labels = problem_type, num_labels
         self.missing, self.max_bad_samples = missing, max_bad_samples
+        self.interactions = interactions
         self.bad_ids: list[str] = []
         # One flag per hashed id in shared memory: loader workers set it without a lock and without
         # counting twice. With 2**20 places, 100 ids collide with a chance of 0.5%.
@@ -99,7 +109,9 @@ class Collator:
             rows = [value for value in values if value is not None]
             if rows:
                 inputs[name] = self.processors[name](rows)
-        return Batch.of(ids, present_BM, inputs, self._labels(samples, present_BM.any(-1)))
+        labels = self._labels(samples, present_BM.any(-1))
+        interaction = None if self.interactions is None else self.interactions(ids)
+        return Batch.of(ids, present_BM, inputs, labels, interaction)
 
     def _decode(self, modality: str, sample: Sample) -> Any:
         """The value for the processor, or None for an image that does not decode."""
