@@ -27,7 +27,7 @@ MEANING = {
     "stacking": "logistic regression on the experts' logits, fitted on validation",
     "category_prior": "the fuser with each category's label frequencies instead of experts",
     "oracle": "the expert of the true category, which is made with the label",
-    "subset_majority": "label frequencies of the true category, which is made with the label",
+    "subset_majority": "the commonest test label of the true category, both of which leak",
     "ensemble": "as many baselines of other seeds as the fused answer has models",
 }
 

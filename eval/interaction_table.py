@@ -23,6 +23,7 @@ from eval.interaction_fusion import (
     Experts,
     cascaded,
     category_prior,
+    label_frequencies,
     softmax,
     subset_majority,
 )
@@ -69,7 +70,7 @@ def answers(
 
 def _fused(test: Experts, tau: float, notes: list[str]) -> list[Answer]:
     """The rules that nothing is fitted for, and that leak nothing."""
-    left_out = {"fuser": [], "baseline": []}  # type: dict[str, list[str]]
+    left_out: dict[str, list[str]] = {"fuser": [], "baseline": []}
     found = []
     for name, rule in RULES.items():
         if rule.leaks or (name == "rus_reject" and not test.reject.any()):
@@ -110,8 +111,7 @@ def _controls(test: Experts, prior_KC: np.ndarray | None, notes: list[str]) -> l
     found = []
     if prior_KC is None:
         notes.append(
-            "category_prior, subset_majority: left out, the labels of the categories' training "
-            "samples are not known"
+            "category_prior: left out, the labels of the categories' training samples are not known"
         )
     elif test.gate is not None:
         prior = category_prior(test, prior_KC=prior_KC)
@@ -120,9 +120,10 @@ def _controls(test: Experts, prior_KC: np.ndarray | None, notes: list[str]) -> l
         notes.append("oracle, subset_majority: left out, the test categories are not known")
         return found
     found += [Answer(n, LEAKING, rule.apply(test)) for n, rule in RULES.items() if rule.leaks]
-    if prior_KC is not None:
-        majority = subset_majority(test, prior_KC=prior_KC)
-        found.append(Answer("subset_majority", LEAKING, majority))
+    own_KC = label_frequencies(
+        test.labels, test.category, num_experts=len(test.names), num_classes=test.num_classes
+    )
+    found.append(Answer("subset_majority", LEAKING, subset_majority(test, prior_KC=own_KC)))
     return found
 
 
@@ -171,7 +172,7 @@ def score_table(
     rows = []
     for name in names:
         found = {seed: of[name] for seed, of in by_name.items()}
-        row = {"name": name, "kind": next(iter(found.values())).kind}
+        row: dict[str, Any] = {"name": name, "kind": next(iter(found.values())).kind}
         row["scores"] = _over_seeds({s: scores(a.probs_NC, first.labels) for s, a in found.items()})
         row["by_category"] = _categories(found, experts)
         row["against"] = {

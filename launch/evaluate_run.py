@@ -4,6 +4,9 @@ Reads `RUN/final` (or a checkpoint of the run) without DeepSpeed, and writes
 `RUN/evaluation-SPLIT.json`. Other test conditions than the usual ones:
 
     python launch/evaluate_run.py RUN --split validation test --patterns complete text:0.7 both:0.5
+
+`--rescore DIR [--dataset mustard urfunny mmsd]` instead of a run scores the published logits of
+interaction experts under every fusion rule (see `launch/rescore.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 from eval.patterns import chosen_conditions, scores_document
 from eval.predictions import PredictionFile
 from eval.report import format_table
+from launch import rescore
 from launch.cli import ProgramParser, run_program
 from launch.scoring import Scorer, train_prior
 from mm_moe.arguments import dataset_options
@@ -111,6 +115,8 @@ def open_data(saved: dict[str, Any], options: argparse.Namespace) -> DataSource:
 
 def main(argv: list[str]) -> int:
     """Load, score, print, write."""
+    if rescore.asked_for(argv):
+        return rescore.main(argv)
     options = parse(argv)
     saved = read_run(options.run)
     options.split = options.split or [saved["test_split"]]
