@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from eval.metrics import LOWER_IS_BETTER, has_label, scores
-from mm_moe.data.schema import BINARY, MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from mm_moe.data.schema import BINARY, BINARY_AUPRC, MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
 def chance(
@@ -53,7 +53,7 @@ def chance(
     labels = labels[has_label(labels)]
     if problem_type == SINGLE_LABEL:
         levels["uniform"] = _uniform_single(labels, num_labels)
-        if task == BINARY:
+        if task in (BINARY, BINARY_AUPRC):
             levels["uniform"] |= {"auroc": 0.5, "auprc": float(labels.mean())}
     elif problem_type != REGRESSION:
         levels["uniform"] = _uniform_multi(labels)

@@ -13,6 +13,7 @@ What published benchmarks do, and we with them unless it says otherwise:
 - Hateful Memes (binary): AUROC of the hateful class. A two-class softmax with a macro average over
   one-against-rest gives the same number.
 - CMU-MOSI, CMU-MOSEI (sentiment_mosi) and CH-SIMS (sentiment_sims): see `eval.sentiment`.
+- MIMIC-III's ICD-9 groups (binary_auprc): average precision of the rarer class 1, and accuracy.
 - IEMOCAP (single-label): accuracy and F1 weighted by the classes' label counts.
 """
 
@@ -29,6 +30,7 @@ from eval.resamples import LEVEL, draw_groups
 from mm_moe.batch import IGNORED_LABEL
 from mm_moe.data.schema import (
     BINARY,
+    BINARY_AUPRC,
     MULTI_LABEL,
     REGRESSION,
     SENTIMENT_MOSI,
@@ -101,6 +103,7 @@ _VALUE: dict[str, Metric] = {"mae": sk.mean_absolute_error, "corr": _corr}
 METRICS: dict[str, dict[str, Metric]] = {
     SINGLE_LABEL: _SINGLE,
     BINARY: {"auroc": _auroc, "auprc": _auprc, **_SINGLE},
+    BINARY_AUPRC: {"auprc": _auprc, "accuracy": sk.accuracy_score, "auroc": _auroc, **_SINGLE},
     MULTI_LABEL: {
         **{f"{name}_f1": _f1(name) for name in ("macro", "micro", "samples", "weighted")},
         "map": _mean_auprc,
@@ -297,8 +300,8 @@ def _check_task(task: str, *, problem_type: str, num_labels: int) -> None:
         raise ConfigError(
             f"task {task!r} scores {TASKS[task]} models, the data are {problem_type}."
         )
-    if task == BINARY and num_labels != 2:
-        raise ConfigError(f"task 'binary' needs two classes, the data have {num_labels}.")
+    if task in (BINARY, BINARY_AUPRC) and num_labels != 2:
+        raise ConfigError(f"task {task!r} needs two classes, the data have {num_labels}.")
 
 
 def _labelled(

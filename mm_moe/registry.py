@@ -123,6 +123,7 @@ DATASETS = Registry(
         "cmu_mosei": "mm_moe.data.sets.prepared:CmuMoseiData",
         "ch_sims": "mm_moe.data.sets.prepared:ChSimsData",
         "iemocap": "mm_moe.data.sets.prepared:IemocapData",
+        "mimic_impk": "mm_moe.data.sets.prepared:MimicImpkData",
     },
 )
 RAW_DATASETS = Registry(
@@ -135,6 +136,7 @@ RAW_DATASETS = Registry(
         "cmu_mosei": "mm_moe.data.prepare.sentiment:MoseiRaw",
         "ch_sims": "mm_moe.data.prepare.sentiment:SimsRaw",
         "iemocap": "mm_moe.data.prepare.iemocap:IemocapRaw",
+        "mimic_impk": "mm_moe.data.prepare.mimic_impk:MimicImpkRaw",
     },
 )
 OBJECTIVES = Registry(

@@ -183,3 +183,22 @@ def iemocap(folder: Path) -> Path:
 
 
 MAKERS |= {"cmu_mosi": cmu_mosi, "cmu_mosei": cmu_mosei, "ch_sims": ch_sims, "iemocap": iemocap}
+
+
+def mimic_impk(folder: Path, *, count: int = 40) -> Path:
+    """float64 arrays with NaN and infinities, labels as floats, a stay of zeros alone."""
+    rng = np.random.default_rng(0)
+    content = {
+        "ep_tdata": rng.normal(3, 2, (count, 24, 12)),
+        "adm_features_all": rng.normal(1, 4, (count, 5)),
+        "adm_labels_all": (rng.random((count, 6)) < 0.2).astype(float),
+        "y_icd9": (rng.random((count, 20)) < 0.4).astype(float),
+    }
+    content["ep_tdata"][0, 3, 4], content["ep_tdata"][0, 0, 0] = np.nan, -np.inf
+    content["adm_features_all"][1, 2] = np.inf
+    content["ep_tdata"][2] = 0
+    put(folder / "im.pk", pickle.dumps(content))
+    return folder
+
+
+MAKERS |= {"mimic_impk": mimic_impk}

@@ -26,11 +26,12 @@ NO_LABEL = "none"
 PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION, NO_LABEL)
 
 # Families of scores; where a data set names none, its problem type is its family.
-BINARY = "binary"
+BINARY, BINARY_AUPRC = "binary", "binary_auprc"
 SENTIMENT_MOSI, SENTIMENT_SIMS = "sentiment_mosi", "sentiment_sims"
 TASKS = {  # family -> the problem type that its model is trained on
     **{name: name for name in PROBLEM_TYPES},
     BINARY: SINGLE_LABEL,
+    BINARY_AUPRC: SINGLE_LABEL,
     SENTIMENT_MOSI: REGRESSION,
     SENTIMENT_SIMS: REGRESSION,
 }

@@ -35,12 +35,14 @@ class Rules:
         problem_type: see `mm_moe.data.schema`.
         num_labels: number of classes.
         needs_label: False in a split that is known to have none.
+        trims_padding: see `RawDataSet`.
     """
 
     kinds: Mapping[str, str]
     problem_type: str
     num_labels: int
     needs_label: bool
+    trims_padding: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def check_row(row: RawRow, *, rules: Rules) -> CheckedRow:
         payload = {
             name: value
             for name, kind in rules.kinds.items()
-            if (value := _read(row.payload.get(name), kind, name)) is not None
+            if (value := _read(row.payload.get(name), kind, name, rules)) is not None
         }
         if not payload:
             raise BadRowError("nothing in it: every modality is missing")
@@ -111,14 +113,14 @@ def _check_label(row: RawRow, rules: Rules) -> None:
         raise BadRowError(f"wrong label: {error}") from error
 
 
-def _read(value: Any, kind: str, modality: str) -> Any:
+def _read(value: Any, kind: str, modality: str, rules: Rules) -> Any:
     """One payload, read and checked; None where the row lacks the modality."""
     if value is None:
         return None
     if kind == IMAGES:
         return _image(value)
     if kind == SEQUENCES:
-        return _sequence(value, modality)
+        return _sequence(value, modality, trims=rules.trims_padding)
     return str(value) if str(value).strip() else None
 
 
@@ -136,8 +138,11 @@ def _image(path: Path) -> bytes:
     return content
 
 
-def _sequence(value: Any, modality: str) -> np.ndarray | None:
-    """A finite float32 array (T, D) without the padding at its ends; None if all of it is zero."""
+def _sequence(value: Any, modality: str, *, trims: bool) -> np.ndarray | None:
+    """A finite float32 array (T, D).
+
+    With `trims` it comes without the padding at its ends, and is None if all of it is zero.
+    """
     array_TD = np.asarray(value)
     if array_TD.ndim != 2 or array_TD.dtype.kind not in "fiu":
         raise BadRowError(
@@ -147,6 +152,8 @@ def _sequence(value: Any, modality: str) -> np.ndarray | None:
         raise BadRowError(f"NaN in {modality}")
     if not (np.abs(array_TD) <= LARGEST).all():
         raise BadRowError(f"infinite or too large values in {modality}")
+    if not trims:
+        return np.ascontiguousarray(array_TD, dtype=FLOAT)
     used = np.flatnonzero(array_TD.any(axis=1))
     if not len(used):
         return None

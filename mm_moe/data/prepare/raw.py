@@ -56,6 +56,10 @@ class RawDataSet(ABC):
         license: who may do what with the data.
         notes: quirks of the layout and how they are treated; written beside the data.
         unlabelled: split -> why it has no labels; such a split is kept, but cannot be scored.
+        trims_padding: cut off the zero steps at either end of a sequence, and take a sequence of
+            zeros alone for a missing one.
+        statistics_over: splits whose rows give mean and spread of the sequences; none: the values
+            are used as they are.
 
     Raises:
         DataError: the folder is not in this layout; names the first file that is missing.
@@ -68,6 +72,8 @@ class RawDataSet(ABC):
     label_names: tuple[str, ...]
     license: str
     notes: tuple[str, ...]
+    trims_padding: bool = True
+    statistics_over: tuple[str, ...] = ("train",)
 
     def __init__(self, source: Path) -> None:
         self.source = source

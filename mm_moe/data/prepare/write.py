@@ -176,7 +176,7 @@ class _Preparation:
         if row.id in self.split_of:
             return f"duplicate id, first in {self.split_of[row.id]}"
         for name, statistics in self.statistics.items():
-            fault = statistics.see(row.payload.get(name), count=split == "train")
+            fault = statistics.see(row.payload.get(name), count=split in self.raw.statistics_over)
             if fault:
                 return fault
         self.split_of[row.id] = split
@@ -189,6 +189,7 @@ class _Preparation:
             self.raw.problem_type,
             len(self.raw.label_names),
             needs_label=split not in self.raw.unlabelled,
+            trims_padding=self.raw.trims_padding,
         )
         check = partial(check_row, rules=rules)
         if self.workers == 1 or IMAGES not in self.raw.kinds.values():

@@ -161,6 +161,12 @@ class IemocapData(PreparedData):
     expected = "iemocap"
 
 
+class MimicImpkData(PreparedData):
+    """MIMIC-III's im.pk, one task, prepared."""
+
+    expected = "mimic_impk"
+
+
 def _read_info(folder: Path, make: str) -> dict[str, Any]:
     """The record of a prepared data set."""
     path = folder / INFO
