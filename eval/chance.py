@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from eval.metrics import LOWER_IS_BETTER, has_label, scores
-from mm_moe.data.schema import BINARY, BINARY_AUPRC, MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from mm_moe.data.schema import BINARY, BINARY_AUPRC, MULTI_LABEL, REGRESSION, SINGLE_LABEL, VQA
 
 
 def chance(
@@ -55,6 +55,8 @@ def chance(
         levels["uniform"] = _uniform_single(labels, num_labels)
         if task in (BINARY, BINARY_AUPRC):
             levels["uniform"] |= {"auroc": 0.5, "auprc": float(labels.mean())}
+    elif task == VQA:
+        levels["uniform"] = {"vqa_score": float(labels.mean())}
     elif problem_type != REGRESSION:
         levels["uniform"] = _uniform_multi(labels)
     return levels

@@ -14,6 +14,8 @@ What published benchmarks do, and we with them unless it says otherwise:
   one-against-rest gives the same number.
 - CMU-MOSI, CMU-MOSEI (sentiment_mosi) and CH-SIMS (sentiment_sims): see `eval.sentiment`.
 - MIMIC-III's ICD-9 groups (binary_auprc): average precision of the rarer class 1, and accuracy.
+- VQA v2 and VQA-VS (vqa): share of the answer that scores highest, 0, .3, .6, .9 or 1 by how many
+  annotators gave it; VQA-VS's own script takes thirds of them, which is up to .1 more.
 - IEMOCAP (single-label): accuracy and F1 weighted by the classes' label counts.
 """
 
@@ -37,6 +39,7 @@ from mm_moe.data.schema import (
     SENTIMENT_SIMS,
     SINGLE_LABEL,
     TASKS,
+    VQA,
 )
 from mm_moe.errors import ConfigError, DataError
 from mm_moe.registry import nearest
@@ -89,6 +92,15 @@ def _mean_auprc(labels_NC: np.ndarray, score_NC: np.ndarray) -> float:
     return float(np.mean(values)) if values else 0.0
 
 
+def _vqa_score(labels_NC: np.ndarray, score_NC: np.ndarray) -> float:
+    """Mean share of the answer with the highest score."""
+    return float(_vqa_score_of_rows(labels_NC, score_NC).mean())
+
+
+def _vqa_score_of_rows(labels_NC: np.ndarray, score_NC: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(labels_NC, score_NC.argmax(-1)[:, None], axis=-1)[:, 0]
+
+
 Metric = Callable[[np.ndarray, np.ndarray], float]
 
 _SINGLE: dict[str, Metric] = {
@@ -108,6 +120,7 @@ METRICS: dict[str, dict[str, Metric]] = {
         **{f"{name}_f1": _f1(name) for name in ("macro", "micro", "samples", "weighted")},
         "map": _mean_auprc,
     },
+    VQA: {"vqa_score": _vqa_score},
     REGRESSION: _VALUE,
     SENTIMENT_MOSI: {
         **_VALUE,
@@ -125,7 +138,7 @@ METRICS: dict[str, dict[str, Metric]] = {
         "f1": sentiment.f1_sims,
     },
 }
-RANKING = frozenset({"auroc", "auprc", "map"})  # of scores, not of decisions
+RANKING = frozenset({"auroc", "auprc", "map", "vqa_score"})  # of scores, not of decisions
 
 
 def headline(task: str) -> str:
@@ -201,7 +214,11 @@ def interval(
     kept = has_label(labels)
     names = np.arange(kept.sum()) if groups is None else np.asarray(groups)[kept]
     draws = draw_groups(names, num_resamples=num_resamples, seed=seed)
-    values = [found.value(metric, of, rows=rows) for rows in draws]
+    if metric == "vqa_score":  # a row is as wide as the vocabulary: do not copy them
+        share = found.share_of_choice()
+        values = [share[rows].mean() for rows in draws]
+    else:
+        values = [found.value(metric, of, rows=rows) for rows in draws]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -242,6 +259,9 @@ def resampled(
     if metric == "accuracy":  # the mean of a value per row: thousands of times cheaper so
         hit = (found.labels == found.decided).astype(float)
         return np.array([whole, *(hit[drawn].mean() for drawn in draws)])
+    if metric == "vqa_score":
+        share = found.share_of_choice()
+        return np.array([whole, *(share[drawn].mean() for drawn in draws)])
     if metric == "macro_f1" and problem_type == MULTI_LABEL:
         return np.array([whole, *(found.macro_f1_of_labels(drawn) for drawn in draws)])
     return np.array([whole, *(found.value(metric, of, rows=drawn) for drawn in draws)])
@@ -274,7 +294,8 @@ class _Predicted:
             # Of two classes, the probability of the second one grows with this difference.
             self.ranking = logits[:, 1] - logits[:, 0] if num_labels == 2 else logits
         elif problem_type == MULTI_LABEL:
-            self.labels, self.decided = labels.astype(int), (logits > 0).astype(int)
+            self.labels = labels if task == VQA else labels.astype(int)
+            self.decided = (logits > 0).astype(int)
             self.ranking = logits
         else:
             self.labels, self.decided = labels.reshape(-1), logits.reshape(-1)
@@ -284,6 +305,10 @@ class _Predicted:
         """One metric over some rows."""
         predicted = self.ranking if name in RANKING else self.decided
         return float(metric(self.labels[rows], predicted[rows]))
+
+    def share_of_choice(self) -> np.ndarray:
+        """Soft targets: the share (N,) of each row's highest answer."""
+        return _vqa_score_of_rows(self.labels, self.ranking)
 
     def macro_f1_of_labels(self, rows: np.ndarray) -> float:
         """Multi-label macro F1 over some rows from counts: scikit-learn's number, much sooner."""

@@ -16,6 +16,7 @@ from launch.cli import Settings
 from launch.interaction_flags import training_interactions
 from launch.scoring import Scorer, train_prior
 from mm_moe.arguments import FLAG_OF_SETTING, ModelArguments, parse_json
+from mm_moe.batch import base_modality
 from mm_moe.data.collate import Collator
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import DataSource
@@ -132,7 +133,10 @@ def locked_towers(model: ModelArguments, modalities: tuple[str, ...]) -> tuple[s
     if model.lora_r:
         return modalities
     flags = (("image", model.lock_image), ("text", model.lock_text))
-    locked = tuple(name for name, lock in flags if lock)
+    kinds = [kind for kind, lock in flags if lock]
+    found = {kind: [name for name in modalities if base_modality(name) == kind] for kind in kinds}
+    # a kind that the data lack keeps its name, which `freeze` refuses
+    locked = tuple(name for kind in kinds for name in found[kind] or [kind])
     if model.unlock_blocks and not locked:
         raise ConfigError(
             f"--unlock_blocks {model.unlock_blocks} unlocks blocks of locked towers, and none is "

@@ -15,7 +15,7 @@ from launch.cli import Settings
 from launch.plan_model import meta_model, shard, weightless_config
 from launch.scoring import num_outputs
 from mm_moe.backbones.base import Tower
-from mm_moe.batch import TEXT
+from mm_moe.batch import TEXT, base_modality
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import ConfigError
@@ -314,7 +314,7 @@ class Planner:
             tower = self.model.backbone.towers[name]
             if name in self.needs.sequences:
                 length: float = self.needs.sequences[name].length
-            elif name == TEXT:
+            elif base_modality(name) == TEXT:
                 length = self.texts.real
             else:
                 with torch.device("meta"):

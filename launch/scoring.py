@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,4 +146,9 @@ def train_prior(source: DataSource, split: str) -> np.ndarray:
     labels = [sample.label for sample in source.index(split) if sample.label is not None]
     if source.problem_type == "single_label_classification":
         return np.bincount(labels, minlength=len(source.label_names))
+    if labels and isinstance(labels[0], Mapping):
+        total = np.zeros(len(source.label_names))
+        for label in labels:
+            np.add.at(total, list(label), list(label.values()))
+        return total / len(labels)
     return np.atleast_1d(np.asarray(labels, dtype=float).mean(axis=0))

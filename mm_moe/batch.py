@@ -7,6 +7,7 @@ order of the batch, so an absent payload does not exist anywhere downstream.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,14 @@ import torch
 from torch import Tensor
 
 IMAGE, TEXT = "image", "text"
+NUMBERED = re.compile(rf"({IMAGE}|{TEXT})_\d+")
 IGNORED_LABEL = -100  # a row that takes no part in the loss or the scores (torch's ignore_index)
+
+
+def base_modality(name: str) -> str:
+    """What a modality is one of: "image" for "image_0" and "image_1", else its own name."""
+    found = NUMBERED.fullmatch(name)
+    return found[1] if found else name
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,8 @@ class Sample:
         id: stable and unique within the data set.
         payload: modality name -> raw value (encoded image bytes, str, array). A modality that the
             row lacks by nature is absent from the dict.
-        label: class index (int), multi-hot list, float, or None.
+        label: class index (int), multi-hot list, {class index: share in [0, 1]} for soft targets,
+            float, or None.
         group: rows of one group (the plots of a movie, two drawings of one emoji) are no
             independent samples and are resampled together; None: the row is alone.
         mask_key: what a missing mask is keyed by; by default the group, so that its rows share one

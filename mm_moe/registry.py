@@ -143,6 +143,8 @@ OBJECTIVES = Registry(
     "objective",
     {
         "supervised": "finetune.supervised:Supervised",
+        "soft_bce": "finetune.soft_targets:SoftBce",
+        "soft_cross_entropy": "finetune.soft_targets:SoftCrossEntropy",
         "contrastive": "pretrain.contrastive:Contrastive",
     },
 )

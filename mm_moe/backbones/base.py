@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mm_moe.backbones.recompute import recomputed, wants_recompute
 from mm_moe.backbones.weights import load_weights
+from mm_moe.batch import base_modality
 from mm_moe.errors import ConfigError
 from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import MoELayer, RoutingRecord
@@ -190,6 +191,9 @@ def run_feed_forward(
 class Backbone(nn.Module):
     """Towers by modality, in the model's fixed order.
 
+    Several modalities of a kind ("image_0", "image_1") share one tower, which stands under the
+    first one's name.
+
     Args:
         settings: the backbone's options, kept (JSON-able) so that a checkpoint can be rebuilt.
         modalities: which towers to build, and their order.
@@ -206,6 +210,8 @@ class Backbone(nn.Module):
     def __init__(self, settings: dict[str, Any], *, modalities: tuple[str, ...]) -> None:
         super().__init__()
         self.modalities = check_modalities(modalities, self.supported)
+        # modality -> the tower that reads it, by its name in `supported`
+        self.parts = {name: part_of(name, self.supported) for name in self.modalities}
         self.settings = dict(settings)
         self.recompute_every = 0  # blocks; see `set_recompute`
 
@@ -223,7 +229,7 @@ class Backbone(nn.Module):
             CheckpointError: no such file, or weights of another shape.
         """
         backbone = cls(settings, modalities=modalities)
-        load_weights(backbone, Path(pretrained))
+        load_weights(backbone, Path(pretrained), names=backbone.first_names)
         return backbone
 
     @classmethod
@@ -241,10 +247,22 @@ class Backbone(nn.Module):
         return self.out_width
 
     def set_towers(self, towers: dict[str, Tower]) -> None:
-        """Register the towers in the order of `modalities`."""
+        """Register the towers, by their names in `supported`, in the order of `modalities`."""
+        from mm_moe.backbones.shared import SharedTower  # which is a Tower itself
+
+        first = self.first_names
+        found = {
+            name: towers[part] if first[part] == name else SharedTower(towers[part])
+            for name, part in self.parts.items()
+        }
         for index, name in enumerate(self.modalities):
-            towers[name].modality_index = index
-        self.towers = nn.ModuleDict({name: towers[name] for name in self.modalities})
+            found[name].modality_index = index
+        self.towers = nn.ModuleDict(found)
+
+    @property
+    def first_names(self) -> dict[str, str]:
+        """Tower -> the modality under whose name it is registered."""
+        return {part: name for name, part in reversed(self.parts.items())}
 
     def sparse_layers(self) -> dict[str, MoELayer]:
         """The sparse layers by the names of their routing records, "<modality>.<block>"."""
@@ -335,6 +353,11 @@ def append_rows(
     return torch.cat([x_NLD, new_GPD]), torch.cat([mask_NL, new_GP])
 
 
+def part_of(modality: str, supported: tuple[str, ...]) -> str:
+    """The name of the tower for a modality: its own, or "image" for "image_1"."""
+    return modality if modality in supported else base_modality(modality)
+
+
 def check_modalities(modalities: tuple[str, ...], supported: tuple[str, ...]) -> tuple[str, ...]:
     """Return `modalities` as a tuple; ConfigError if one is repeated or not supported."""
     if not modalities or len(set(modalities)) != len(modalities):
@@ -342,7 +365,7 @@ def check_modalities(modalities: tuple[str, ...], supported: tuple[str, ...]) ->
             f"modalities {tuple(modalities)} must be a non-empty list without repeats."
         )
     for name in modalities:
-        if name not in supported:
+        if part_of(name, supported) not in supported:
             raise ConfigError(
                 f"this backbone has no modality {name!r}; {nearest(name, list(supported))}"
             )

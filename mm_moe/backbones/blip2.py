@@ -76,10 +76,10 @@ class Blip2Backbone(Backbone):
         lm = own["text"] == "language_model"
         projection = blip2.language_projection if lm else blip2.vision_projection
         towers: dict[str, Tower] = {}
-        if IMAGE in self.modalities:
+        if IMAGE in self.parts.values():
             image = QFormerImageTower(blip2, projection, freeze_vision=own["freeze_vision"])
             towers[IMAGE] = VisionImageTower(image) if own["blocks"] == "vision" else image
-        if TEXT in self.modalities:
+        if TEXT in self.parts.values():
             decoder = blip2.language_model.model.decoder if lm else None
             towers[TEXT] = OptTextTower(decoder) if lm else QFormerTextTower(blip2)
         self.set_towers(towers)

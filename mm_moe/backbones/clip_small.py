@@ -131,5 +131,5 @@ class SmallClipBackbone(ClipBackbone):
                     "this installation has no built-in small_clip weights; train from scratch "
                     "(leave --pretrained out) or give a file of weights."
                 )
-        load_weights(backbone, path)
+        load_weights(backbone, path, names=backbone.first_names)
         return backbone

@@ -46,7 +46,7 @@ class DualBackbone(Backbone):
             raise ConfigError(f"backbone_config.width ({width!r}) must be a positive integer.")
         self.width = width
         towers: dict[str, Tower] = {}
-        for name in self.modalities:
+        for name in self.first_names:
             part = part_of(settings, name)
             built = build_part(part, name)
             towers[name] = built.towers[name]  # type: ignore[assignment]
@@ -56,7 +56,7 @@ class DualBackbone(Backbone):
         self.settings["width"] = width
         self.set_towers(towers)
         self.projections = nn.ModuleDict(
-            {name: nn.Linear(towers[name].out_width, width) for name in self.modalities}
+            {name: nn.Linear(towers[name].out_width, width) for name in towers}
         )
 
     @property
@@ -74,7 +74,7 @@ class DualBackbone(Backbone):
     ) -> tuple[Tensor, dict[str, RoutingRecord]]:
         """The tower's features, projected; see `Backbone.encode`."""
         feature_ND, records = super().encode(modality, payload, edit, context, generated_GPD)
-        return self.projections[modality](feature_ND), records
+        return self.projections[self.parts[modality]](feature_ND), records
 
     @classmethod
     def processor_needs(cls, settings: dict[str, Any]) -> ProcessorNeeds:

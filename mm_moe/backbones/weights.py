@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
@@ -18,10 +20,17 @@ def save_weights(backbone: nn.Module, path: Path, *, dtype: torch.dtype = torch.
     save_file(state, str(path), metadata={"format": "pt"})
 
 
-def load_weights(backbone: nn.Module, path: Path) -> None:
+def load_weights(
+    backbone: nn.Module, path: Path, *, names: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Fill a dense backbone from a file of `save_weights`, in the backbone's own precision.
 
     Weights of whole towers that this backbone was built without are passed over.
+
+    Args:
+        backbone: what to fill.
+        path: the file.
+        names: tower in the file -> its name here, where it differs ("image" -> "image_0").
 
     Raises:
         CheckpointError: no such file, a damaged one, or names or shapes that do not fit.
@@ -35,6 +44,7 @@ def load_weights(backbone: nn.Module, path: Path) -> None:
             f"{str(path)!r} is not a readable safetensors file: {error}"
         ) from error
     wanted = backbone.state_dict()
+    state = {_renamed(name, names): tensor for name, tensor in state.items()}
     towers = {_tower(name) for name in wanted}
     state = {k: v for k, v in state.items() if _tower(k) in towers or not k.startswith("towers.")}
     if problems := _differences(state, wanted):
@@ -44,6 +54,13 @@ def load_weights(backbone: nn.Module, path: Path) -> None:
             "were made with."
         )
     backbone.load_state_dict(state)
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    first, *rest = name.split(".")
+    if first == "towers" and rest[0] in names:
+        return ".".join([first, names[rest[0]], *rest[1:]])
+    return name
 
 
 def _tower(name: str) -> str:

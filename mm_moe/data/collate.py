@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mm_moe.batch import IGNORED_LABEL, IMAGE, Batch, Sample
+from mm_moe.batch import IGNORED_LABEL, IMAGE, Batch, Sample, base_modality
 from mm_moe.data.decode import UndecodableImageError, decode_image
-from mm_moe.data.schema import MULTI_LABEL, NO_LABEL, SINGLE_LABEL, check_label
+from mm_moe.data.schema import MULTI_LABEL, NO_LABEL, SINGLE_LABEL, check_label, dense_label
 from mm_moe.errors import ConfigError, DataError
 
 # B samples, M modalities, N present rows of one modality, C classes
@@ -116,7 +116,7 @@ class Collator:
     def _decode(self, modality: str, sample: Sample) -> Any:
         """The value for the processor, or None for an image that does not decode."""
         value = sample.payload[modality]
-        if modality != IMAGE:
+        if base_modality(modality) != IMAGE:
             return value
         try:
             return decode_image(value)
@@ -159,7 +159,9 @@ class Collator:
                 sample_id=sample.id,
             )
             if sample.label is not None and kept_B[row]:
-                labels[row] = torch.as_tensor(sample.label, dtype=dtype)
+                labels[row] = torch.as_tensor(
+                    dense_label(sample.label, self.num_labels), dtype=dtype
+                )
         return labels
 
 

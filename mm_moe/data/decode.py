@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,19 @@ class UndecodableImageError(Exception):
     """An image that cannot be read; the text says why, without any of its content."""
 
 
+@dataclass(frozen=True)
+class Region:
+    """A part of an encoded image; nothing is decoded before `decode_image`.
+
+    Attributes:
+        encoded: bytes of the whole image, or its path.
+        box: left, top, right and bottom in pixels.
+    """
+
+    encoded: bytes | str
+    box: tuple[int, int, int, int]
+
+
 def decode_image(payload: Any) -> Image.Image:
     """Read one image as RGB.
 
@@ -28,13 +42,19 @@ def decode_image(payload: Any) -> Image.Image:
     black). 16-bit grey keeps its upper 8 bits (Pillow alone would clip at 255).
 
     Args:
-        payload: encoded bytes, a path or URL to them, or an image that is decoded already.
+        payload: encoded bytes, a path or URL to them, a `Region` of such an image, or an image that
+            is decoded already.
 
     Raises:
         UndecodableImageError: no such file, not an image, truncated, or too large.
     """
     if isinstance(payload, Image.Image):
         return to_rgb(payload)
+    if isinstance(payload, Region):
+        whole = decode_image(payload.encoded)
+        if payload.box[2] > whole.width or payload.box[3] > whole.height:
+            raise UndecodableImageError(f"{whole.width} x {whole.height} pixels, box {payload.box}")
+        return whole.crop(payload.box)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own limit warns; ours below refuses

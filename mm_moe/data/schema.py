@@ -27,11 +27,13 @@ PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION, NO_LABEL)
 
 # Families of scores; where a data set names none, its problem type is its family.
 BINARY, BINARY_AUPRC = "binary", "binary_auprc"
+VQA = "vqa"  # soft targets: {class: share}
 SENTIMENT_MOSI, SENTIMENT_SIMS = "sentiment_mosi", "sentiment_sims"
 TASKS = {  # family -> the problem type that its model is trained on
     **{name: name for name in PROBLEM_TYPES},
     BINARY: SINGLE_LABEL,
     BINARY_AUPRC: SINGLE_LABEL,
+    VQA: MULTI_LABEL,
     SENTIMENT_MOSI: REGRESSION,
     SENTIMENT_SIMS: REGRESSION,
 }
@@ -146,6 +148,13 @@ def check_label(label: Any, *, problem_type: str, num_labels: int, sample_id: st
                 f"the {where} is {label}, outside the {num_labels} classes 0 to {num_labels - 1}; "
                 "correct the row or list all classes."
             )
+    elif problem_type == MULTI_LABEL and isinstance(label, Mapping):
+        for index, share in label.items():
+            if not (isinstance(index, int) and 0 <= index < num_labels and 0 <= share <= 1):
+                raise DataError(
+                    f"the {where} gives {share} to class {index!r}; it must give shares from 0 to "
+                    f"1 to classes 0 to {num_labels - 1}."
+                )
     elif problem_type == MULTI_LABEL:
         if len(label) != num_labels or any(value not in (0, 1) for value in label):
             raise DataError(f"the {where} must be a list of {num_labels} zeros and ones.")
@@ -158,6 +167,16 @@ def check_label(label: Any, *, problem_type: str, num_labels: int, sample_id: st
             )
     else:
         raise ConfigError(f"unknown problem type {problem_type!r}; {nearest_type(problem_type)}")
+
+
+def dense_label(label: Any, num_labels: int) -> Any:
+    """A sparse soft label as the list of its shares; any other label as it is."""
+    if not isinstance(label, Mapping):
+        return label
+    shares = [0.0] * num_labels
+    for index, share in label.items():
+        shares[index] = float(share)
+    return shares
 
 
 def nearest_type(problem_type: str) -> str:

@@ -168,4 +168,4 @@ def _attention_projections(backbone: Backbone) -> list[str]:
                 for module in block.modules()
                 if isinstance(module, nn.Linear) and id(module) not in dense
             ]
-    return found
+    return list(dict.fromkeys(found))  # a tower may serve several modalities

@@ -24,7 +24,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mm_moe.backbones.base import ProcessorNeeds
 from mm_moe.backbones.clip_small import SMALL_CLIP_FOLDER
-from mm_moe.batch import IMAGE, TEXT
+from mm_moe.batch import IMAGE, TEXT, base_modality
 from mm_moe.errors import ConfigError
 from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.models.sequence_processing import SequenceProcessor
@@ -122,14 +122,15 @@ def processors_for(
     return {
         name: SequenceProcessor(needs.sequences[name])
         if name in needs.sequences
-        else makers[name](places, needs)
+        else makers[base_modality(name)](places, needs)
         for name in config.modalities
     }
 
 
 def save_processors(processors: dict[str, Processor], folder: Path) -> None:
     """Write the library's own files, so that AutoProcessor or `processors_for` reads them back."""
-    image, text = processors.get(IMAGE), processors.get(TEXT)
+    kinds = {base_modality(name): processor for name, processor in processors.items()}
+    image, text = kinds.get(IMAGE), kinds.get(TEXT)
     if (
         isinstance(image, ImageProcessor)
         and isinstance(text, TextProcessor)

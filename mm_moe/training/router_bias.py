@@ -41,6 +41,10 @@ class BiasUpdate(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the optimizer's step and before anything is saved: one step for each bias."""
+        total: dict[MoELayer, Tensor] = {}  # a layer may serve several modalities
         for name, load_E in self._load.items():
-            self.layers[name].router.update_bias(load_E)
+            layer = self.layers[name]
+            total[layer] = total[layer] + load_E if layer in total else load_E
+        for layer, load_E in total.items():
+            layer.router.update_bias(load_E)
         self._load.clear()

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from mm_moe.batch import IMAGE, TEXT, Batch
+from mm_moe.batch import IMAGE, TEXT, Batch, base_modality
 from mm_moe.moe.dispatch import Dispatcher
 from mm_moe.moe.experts import Experts
 from mm_moe.moe.layer import moe_layers
@@ -373,7 +373,7 @@ def _batch(samples: int, rows: dict[str, int], *, load: Workload) -> Batch:
                 "values": values,
                 "mask": torch.empty(count, steps, dtype=torch.bool),
             }
-        elif name == IMAGE:
+        elif base_modality(name) == IMAGE:
             pixels = torch.empty(count, 3, load.image_size, load.image_size)
             inputs[name] = {"pixel_values": pixels.bfloat16() if load.half else pixels}
             if load.keep_inputs:

@@ -107,7 +107,7 @@ class MimicImpkRaw(RawDataSet):
         content = self.content
         for n in published_split(len(content["ep_tdata"]))[split]:
             repairs: dict[str, int] = {}
-            payload = {
+            payload: dict[str, Any] = {
                 "static": _finite(content["adm_features_all"][n], "static", repairs)[None],
                 "series": _finite(content["ep_tdata"][n], "series", repairs),
             }

@@ -7,6 +7,7 @@ from torchmetrics.functional import classification
 from eval.chance import chance
 from eval.metrics import METRICS, headline, interval, scores
 from eval.sentiment import sims_bins
+from mm_moe.batch import IGNORED_LABEL
 from mm_moe.data.schema import TASKS
 from mm_moe.errors import ConfigError
 
@@ -149,3 +150,24 @@ def test_a_task_that_does_not_fit_the_data():
         scores(np.zeros((1, 2)), np.zeros(1), **{**BINARY, "task": "sentiment_sims"})
     with pytest.raises(ConfigError, match="sentiment_mosi"):
         headline("sentiment_mosei")
+
+
+def test_vqa_takes_the_share_of_the_highest_answer():
+    labels = np.array([[0.3, 1.0, 0], [0.6, 0, 0.9], [0, 0, 0], [IGNORED_LABEL] * 3])
+    logits = np.array([[2.0, 1, 0], [-3, -2, -1], [1, 0, 0], [0, 0, 0]])
+    kind = {**MULTI, "task": "vqa"}
+    assert scores(logits, labels, **kind) == {"vqa_score": pytest.approx((0.3 + 0.9 + 0) / 3)}
+    low, high = interval(logits, labels, metric="vqa_score", num_resamples=50, **kind)
+    assert 0 <= low < 0.4 < high <= 0.9
+    levels = chance(labels, prior=np.array([0.1, 0.4, 0.2]), **kind)  # always answer 1
+    assert levels["majority"]["vqa_score"] == pytest.approx(1 / 3)
+    assert levels["uniform"]["vqa_score"] == pytest.approx((1.3 + 1.5) / 9)
+
+
+def test_rare_codes_are_headed_by_their_average_precision():
+    assert headline("binary_auprc") == "auprc"
+    labels = np.array([0, 1, 0, 1])
+    logits = np.array([[0, 0.1], [-0.9, 0], [5, 5.4], [0.2, 0]])  # ranked 1 0 0 1
+    found = scores(logits, labels, **{**BINARY, "task": "binary_auprc"})
+    assert found["auprc"] == pytest.approx((1 + 2 / 4) / 2)
+    assert found["accuracy"] == pytest.approx(1 / 4)
