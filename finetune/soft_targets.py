@@ -8,9 +8,7 @@ B samples, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -59,7 +57,6 @@ class SoftBce:
     """
 
     problem_type: str
-    loss: ClassVar[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = staticmethod(soft_bce)
 
     def __post_init__(self) -> None:
         if self.problem_type != "multi_label_classification":
@@ -68,13 +65,18 @@ class SoftBce:
                 f"{self.problem_type}; take --objective supervised."
             )
 
+    @staticmethod
+    def total(logits_BC: Tensor, targets_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum over this rank's rows that count, and their number."""
+        return soft_bce(logits_BC, targets_BC)
+
     def __call__(self, model, batch: Batch) -> tuple[Tensor, dict[str, Tensor], object]:
         """Return (loss, parts of it for the log, the model's output)."""
         output = model(**batch)
         labels = batch.labels
         if labels is None:
             raise ConfigError("the data set has no labels; take the objective contrastive instead.")
-        total, count = self.loss(output.logits.float(), labels.float())
+        total, count = self.total(output.logits.float(), labels.float())
         parts = {"task": total * mean_weight(count), **output.losses}
         return torch.stack([part.float() for part in parts.values()]).sum(), parts, output
 
@@ -83,6 +85,7 @@ class SoftBce:
 class SoftCrossEntropy(SoftBce):
     """`soft_cross_entropy` over the rows of all ranks, plus what routers and prompts ask for."""
 
-    loss: ClassVar[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = staticmethod(
-        soft_cross_entropy
-    )
+    @staticmethod
+    def total(logits_BC: Tensor, targets_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum over this rank's rows that count, and their number."""
+        return soft_cross_entropy(logits_BC, targets_BC)

@@ -262,7 +262,10 @@ class Backbone(nn.Module):
     @property
     def first_names(self) -> dict[str, str]:
         """Tower -> the modality under whose name it is registered."""
-        return {part: name for name, part in reversed(self.parts.items())}
+        found: dict[str, str] = {}
+        for name, part in self.parts.items():
+            found.setdefault(part, name)
+        return found
 
     def sparse_layers(self) -> dict[str, MoELayer]:
         """The sparse layers by the names of their routing records, "<modality>.<block>"."""
