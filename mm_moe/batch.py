@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 IMAGE, TEXT = "image", "text"
+CONTEXT = "context"  # a second text: what was said before
 NUMBERED = re.compile(rf"({IMAGE}|{TEXT})_\d+")
 IGNORED_LABEL = -100  # a row that takes no part in the loss or the scores (torch's ignore_index)
 
 
 def base_modality(name: str) -> str:
-    """What a modality is one of: "image" for "image_0" and "image_1", else its own name."""
+    """What a modality is one of: "image" for "image_0", "text" for "context", else its own name."""
     found = NUMBERED.fullmatch(name)
-    return found[1] if found else name
+    return found[1] if found else TEXT if name == CONTEXT else name
 
 
 @dataclass(frozen=True)

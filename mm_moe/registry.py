@@ -124,6 +124,9 @@ DATASETS = Registry(
         "ch_sims": "mm_moe.data.sets.prepared:ChSimsData",
         "iemocap": "mm_moe.data.sets.prepared:IemocapData",
         "mimic_impk": "mm_moe.data.sets.prepared:MimicImpkData",
+        "mmsd": "mm_moe.data.sets.prepared:MmsdData",
+        "mustard": "mm_moe.data.sets.prepared:MustardData",
+        "urfunny": "mm_moe.data.sets.prepared:UrfunnyData",
     },
 )
 RAW_DATASETS = Registry(
@@ -137,6 +140,9 @@ RAW_DATASETS = Registry(
         "ch_sims": "mm_moe.data.prepare.sentiment:SimsRaw",
         "iemocap": "mm_moe.data.prepare.iemocap:IemocapRaw",
         "mimic_impk": "mm_moe.data.prepare.mimic_impk:MimicImpkRaw",
+        "mmsd": "mm_moe.data.prepare.mmsd:MmsdRaw",
+        "mustard": "mm_moe.data.prepare.mustard:MustardRaw",
+        "urfunny": "mm_moe.data.prepare.urfunny:UrfunnyRaw",
     },
 )
 OBJECTIVES = Registry(

@@ -202,3 +202,75 @@ def mimic_impk(folder: Path, *, count: int = 40) -> Path:
 
 
 MAKERS |= {"mimic_impk": mimic_impk}
+
+
+def mmsd(folder: Path) -> Path:
+    """One object a split, ids as texts; images in a folder beside the tables."""
+    number = 800
+    for split, count in (("train", 6), ("val", 3), ("test", 4)):
+        table = {}
+        for index in range(count):
+            number += 1
+            table[str(number)] = {"text": f"words of {number} # tag", "label": index % 2}
+            put(folder / "mmsd_data" / "data_raw" / "images" / f"{number}.jpg", jpeg())
+        put_json(folder / "mmsd_data" / "data_raw" / f"mmsd_dataset_{split}.json", table)
+    return folder
+
+
+def mustard_records(ids, show: str) -> dict:
+    """Records as published: context and its speakers of one length, truth values."""
+    return {
+        key: {
+            "utterance": f"Well, {key}.",
+            "speaker": "SHELDON",
+            "context": [f"Before {key}.", "Really?"],
+            "context_speakers": ["LEONARD", "PENNY"],
+            "show": show,
+            "sarcasm": index % 2 == 0,
+        }
+        for index, key in enumerate(ids)
+    }
+
+
+def mustard(folder: Path) -> Path:
+    """Three tables with a frame for each utterance beside them; ids of two numbers."""
+    for split, ids, show in (
+        ("train", ["1_60", "1_70", "1_80", "1_90"], "BBT"),
+        ("val", ["1_105", "1_213"], "GOLDENGIRLS"),
+        ("test", ["2_484", "2_477"], "FRIENDS"),
+    ):
+        table = mustard_records(ids, show)
+        put_json(folder / "mustard_data" / "data_raw" / f"mustard_dataset_{split}.json", table)
+        for key in ids:
+            put(folder / "mustard_data" / "data_raw" / f"{key}.jpg", jpeg())
+    return folder
+
+
+def mustard_original(folder: Path) -> Path:
+    """One file, text only; the show FRIENDS is the test split."""
+    shows = {"BBT": 8, "FRIENDS": 3, "SARCASMOHOLICS": 1}
+    table = {}
+    for place, (show, count) in enumerate(shows.items()):
+        table |= mustard_records([f"{place}_{n}" for n in range(count)], show)
+    put_json(folder / "sarcasm_data.json", table)
+    return folder
+
+
+def urfunny(folder: Path) -> Path:
+    """PNG frames; a row without a sentence before it."""
+    number = 100
+    for split, count in (("train", 4), ("val", 2), ("test", 3)):
+        table = {}
+        for index in range(count):
+            number += 1
+            table[str(number)] = {
+                "context_sentences": [f"So {number}.", "And then."][: index + 1] if index else [],
+                "punchline_sentence": f"It was {number}.",
+                "label": index % 2,
+            }
+            put(folder / "data_raw" / f"{number}.png", jpeg(format="PNG"))
+        put_json(folder / "data_raw" / f"urfunny_dataset_{split}.json", table)
+    return folder
+
+
+MAKERS |= {"mmsd": mmsd, "mustard": mustard, "urfunny": urfunny}

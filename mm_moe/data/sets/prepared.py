@@ -167,6 +167,24 @@ class MimicImpkData(PreparedData):
     expected = "mimic_impk"
 
 
+class MmsdData(PreparedData):
+    """MMSD2.0, prepared."""
+
+    expected = "mmsd"
+
+
+class MustardData(PreparedData):
+    """MUStARD, prepared."""
+
+    expected = "mustard"
+
+
+class UrfunnyData(PreparedData):
+    """UR-FUNNY, prepared."""
+
+    expected = "urfunny"
+
+
 def _read_info(folder: Path, make: str) -> dict[str, Any]:
     """The record of a prepared data set."""
     path = folder / INFO
