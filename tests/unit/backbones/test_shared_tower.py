@@ -104,3 +104,11 @@ def test_lora_is_put_on_once():
 def test_only_numbers_make_a_further_image():
     with pytest.raises(ConfigError, match="image_left"):
         model(("image_left", "text"))
+
+
+def test_a_context_is_read_by_the_text_tower():
+    both = model(("text", "context"))
+    assert list(both.backbone.state_dict()) == list(model(("text",)).backbone.state_dict())
+    words = {"input_ids": torch.tensor([[1, 5, 2]]), "attention_mask": torch.ones(1, 3).long()}
+    feature, *others = (both.backbone.encode(name, words)[0] for name in ("text", "context"))
+    assert torch.equal(feature, others[0])
