@@ -85,17 +85,19 @@ class Prompt(nn.Module):
         raise NotImplementedError
 
     def generate(
-        self, present_BM: Tensor, embedded: Mapping[str, tuple[Tensor, Tensor | None]]
+        self, present_BM: Tensor, sources: Mapping[str, tuple[Tensor, Tensor | None]]
     ) -> dict[str, Tensor]:
         """Tokens for the modalities that samples lack; called first, and only if `generates`.
 
         Args:
             present_BM: bool (B, M).
-            embedded: modality -> tokens (N, L, D) and mask (N, L) of its packed rows as they enter
-                block 0; one blank row where N would be 0. Without a mask every row has L tokens.
+            sources: modality -> tokens (N, L, W) and mask (N, L) that say what its packed rows
+                hold: the memory of a tower that has one, else what enters block 0; one blank row
+                where N would be 0. Without a mask every row has L tokens. A prompt that generates
+                takes `source_widths`, modality -> W.
 
         Returns:
-            Modality -> tokens (G, P, D), one row for each sample that lacks it, in order; P is L
+            Modality -> tokens (G, P, W), one row for each sample that lacks it, in order; P is L
             where there is no mask.
         """
         raise NotImplementedError

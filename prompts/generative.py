@@ -14,7 +14,7 @@ its batch; type tokens stand at the front and start small but not at zero (the s
 two zeros never learns).
 
 Axes: B samples, M modalities, N packed rows, G rows that lack a modality, L tokens, D a tower's
-width, d the prompt's width, p learned tokens, T steps.
+width, W of its source, d the prompt's width, p learned tokens, T steps.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class GenerativePrompt(Prompt):
 
     Args:
         widths: modality -> D.
+        source_widths: modality -> W, width of what its tower reads a sample from; None: D, as in
+            all towers but those with a memory (the Q-Former over an image's patches).
         num_blocks: modality -> blocks of its tower.
         modalities: in their fixed order, two or more.
         length: p, learned tokens of each modality, and type tokens before each tower's own.
@@ -54,6 +56,7 @@ class GenerativePrompt(Prompt):
         self,
         *,
         widths: Mapping[str, int],
+        source_widths: Mapping[str, int] | None = None,
         num_blocks: Mapping[str, int],
         modalities: tuple[str, ...],
         length: int = 16,
@@ -80,19 +83,23 @@ class GenerativePrompt(Prompt):
         self.seeds, self.signals = nn.ParameterDict(), nn.ParameterDict()
         self.types, self.lifts = nn.ParameterDict(), nn.ParameterDict()
         self.pairs, self.fusers, self.ups = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.source_ups = nn.ModuleDict()  # of the towers for whose sources `ups` has no width
+        sources = widths if source_widths is None else source_widths
         num_others = len(modalities) - 1
         for name in modalities:
             if signal or types:
                 self.signals[name] = nn.Parameter(torch.empty(2, steps, width))
-            if signal or generative:
+            if signal or (generative and sources[name] == widths[name]):
                 self.ups[name] = nn.Linear(width, widths[name], bias=False)
+            if generative and sources[name] != widths[name]:
+                self.source_ups[name] = nn.Linear(width, sources[name], bias=False)
             if types:
                 self.types[name] = nn.Parameter(torch.empty(length, width))
                 self.lifts[name] = nn.Parameter(torch.empty(len(modalities), steps, widths[name]))
             if generative:
                 self.seeds[name] = nn.Parameter(torch.empty(length, width))
                 others = [other for other in modalities if other != name]
-                self.pairs[name] = nn.ModuleDict({a: nn.Linear(widths[a], width) for a in others})
+                self.pairs[name] = nn.ModuleDict({a: nn.Linear(sources[a], width) for a in others})
                 self.fusers[name] = nn.Linear(length + num_others * steps, steps)
         self.reset_parameters()
 
@@ -106,22 +113,22 @@ class GenerativePrompt(Prompt):
             nn.init.normal_(table, std=(table.shape[0] * table.shape[1]) ** -0.5)
 
     def generate(
-        self, present_BM: Tensor, embedded: Mapping[str, tuple[Tensor, Tensor | None]]
+        self, present_BM: Tensor, sources: Mapping[str, tuple[Tensor, Tensor | None]]
     ) -> dict[str, Tensor]:
-        """Tokens (G, T or L, D) of each modality for the samples that lack it."""
-        steps = {name: in_steps(*tokens, self.steps) for name, tokens in embedded.items()}
+        """Tokens (G, T or L, W) of each modality for the samples that lack it."""
+        steps = {name: in_steps(*tokens, self.steps) for name, tokens in sources.items()}
         generated = {}
         for m, name in enumerate(self.modalities):
-            x_BTD = self._generate(name, present_BM, steps)
-            x_NLD, mask_NL = embedded[name]
+            x_BTW = self._generate(name, present_BM, steps)
+            x_NLW, mask_NL = sources[name]
             if mask_NL is None:  # the tower takes L tokens, no more and no less
-                places_L = torch.arange(x_NLD.shape[1], device=x_BTD.device)
-                x_BTD = x_BTD[:, places_L * self.steps // len(places_L)]
-            generated[name] = x_BTD[~present_BM[:, m]].to(x_NLD.dtype)
+                places_L = torch.arange(x_NLW.shape[1], device=x_BTW.device)
+                x_BTW = x_BTW[:, places_L * self.steps // len(places_L)]
+            generated[name] = x_BTW[~present_BM[:, m]].to(x_NLW.dtype)
         return generated
 
     def _generate(self, name: str, present_BM: Tensor, steps: Mapping[str, Tensor]) -> Tensor:
-        """One modality's tokens (B, T, D) for every sample, from the modalities it has."""
+        """One modality's tokens (B, T, W) for every sample, from the modalities it has."""
         parts = [self.seeds[name].expand(len(present_BM), -1, -1)]
         for a, other in enumerate(self.modalities):
             if other == name:
@@ -132,7 +139,8 @@ class GenerativePrompt(Prompt):
             zeros_BTd = y_NTd.new_zeros(len(present_BM), *y_NTd.shape[1:])
             parts.append(zeros_BTd.index_copy(0, rows_N, y_NTd[: len(rows_N)]))
         joint_BdS = torch.cat(parts, dim=1).transpose(1, 2)
-        return self.ups[name](F.gelu(self.fusers[name](joint_BdS)).transpose(1, 2))
+        up = self.source_ups[name] if name in self.source_ups else self.ups[name]
+        return up(F.gelu(self.fusers[name](joint_BdS)).transpose(1, 2))
 
     def start(self, present_BM: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Edit]:
         """Each row's signal, by whether its tokens are its own, and its type tokens."""

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm_moe.backbones.entrance import Entrance, Generated, append_rows
 from mm_moe.backbones.recompute import recomputed, wants_recompute
 from mm_moe.backbones.weights import load_weights
 from mm_moe.batch import base_modality
@@ -156,8 +156,17 @@ class Tower(nn.Module, ABC):
     def blank(self) -> Payload:
         """A payload of one row, for a process whose batch has no row of this modality."""
 
+    @property
+    def source_width(self) -> int:
+        """Width of the memory, or of the tokens in a tower without one."""
+        return self.width
+
+    def enter(self, payload: Payload) -> Entrance:
+        """What of the payload reaches the blocks."""
+        return Entrance(*self.embed(payload), self.memory(payload))
+
     def stand_in(self, num_rows: int, length: int) -> Payload:
-        """The payload by which `pool` reads rows of `length` tokens that a prompt generated.
+        """The payload for rows whose memory, or else tokens, of `length` a prompt generated.
 
         Raises:
             ConfigError: this tower takes no generated tokens.
@@ -284,7 +293,7 @@ class Backbone(nn.Module):
         payload: Payload | None,
         edit: Edit | None = None,
         context: TokenContext | None = None,
-        generated_GPD: Tensor | None = None,
+        generated: Generated | None = None,
     ) -> tuple[Tensor, dict[str, RoutingRecord]]:
         """Features (N, out_width) of one modality and the routing records of its sparse blocks.
 
@@ -295,8 +304,8 @@ class Backbone(nn.Module):
             edit: a prompt's edits of this pass.
             context: what routers may know of the rows (one row if the payload is None); None says
                 the modality and no more.
-            generated_GPD: tokens of further rows that enter block 0 behind the packed ones; `edit`
-                and `context` know of them too.
+            generated: tokens of further rows, which run behind the packed ones; `edit` and
+                `context` know of them too.
 
         Returns:
             Features (N + G, out_width), and records named "<modality>.<block>".
@@ -304,13 +313,17 @@ class Backbone(nn.Module):
         tower: Tower = self.towers[modality]  # type: ignore[assignment]
         rows = tower.blank() if payload is None else payload
         context = context or TokenContext(modality=tower.modality_index)
-        memory = tower.memory(rows)
-        x_NLD, mask_NL = tower.embed(rows)
+        entrance = tower.enter(rows) if generated is None else generated.entrance
+        x_NLD, mask_NL, memory = entrance.x_NLD, entrance.mask_NL, entrance.memory
         if payload is None:
             mask_NL = torch.zeros(x_NLD.shape[:2], dtype=torch.bool, device=x_NLD.device)
         num_own, length = x_NLD.shape[:2]
-        if generated_GPD is not None:
-            x_NLD, mask_NL = append_rows(x_NLD, mask_NL, generated_GPD)
+        if generated is not None:
+            stand_in = tower.stand_in(*generated.tokens_GPD.shape[:2])
+            new_GPD = generated.tokens_GPD
+            if memory is not None:
+                memory, new_GPD = torch.cat([memory, new_GPD]), tower.embed(stand_in)[0]
+            x_NLD, mask_NL = append_rows(x_NLD, mask_NL, new_GPD)
         records: dict[str, RoutingRecord] = {}
         for layer in range(tower.num_blocks):
             keys_values = None
@@ -326,34 +339,11 @@ class Backbone(nn.Module):
             if record is not None:
                 records[f"{modality}.{layer}"] = record
         prefix = 0 if edit is None else edit.prefix
-        if generated_GPD is None:
+        if generated is None:
             return tower.pool(x_NLD, rows, prefix), records
-        num_generated, num_tokens = generated_GPD.shape[:2]
-        payload = tower.stand_in(num_generated, num_tokens)
         own_ND = tower.pool(x_NLD[:num_own, : prefix + length], rows, prefix)
-        new_GD = tower.pool(x_NLD[num_own:, : prefix + num_tokens], payload, prefix)
+        new_GD = tower.pool(x_NLD[num_own:, : prefix + new_GPD.shape[1]], stand_in, prefix)
         return torch.cat([own_ND, new_GD]), records
-
-
-def append_rows(
-    x_NLD: Tensor, mask_NL: Tensor | None, new_GPD: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Tokens (N + G, max(L, P), D), padded on the right, and their mask.
-
-    Without a mask L must be P: nothing could hide the padding.
-    """
-    new_GP = torch.ones(new_GPD.shape[:2], dtype=torch.bool, device=new_GPD.device)
-    num_tokens, num_new = x_NLD.shape[1], new_GPD.shape[1]
-    if mask_NL is None:
-        assert num_tokens == num_new, "this tower takes a fixed number of tokens"
-        return torch.cat([x_NLD, new_GPD]), None
-    if num_tokens < num_new:
-        x_NLD = F.pad(x_NLD, (0, 0, 0, num_new - num_tokens))
-        mask_NL = F.pad(mask_NL, (0, num_new - num_tokens))
-    elif num_new < num_tokens:
-        new_GPD = F.pad(new_GPD, (0, 0, 0, num_tokens - num_new))
-        new_GP = F.pad(new_GP, (0, num_tokens - num_new))
-    return torch.cat([x_NLD, new_GPD]), torch.cat([mask_NL, new_GP])
 
 
 def part_of(modality: str, supported: tuple[str, ...]) -> str:

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from mm_moe.backbones.attention import attend
 from mm_moe.backbones.base import Payload, Tower, run_feed_forward
 from mm_moe.backbones.block import Attention, BlockTower, TransformerBlock
-from mm_moe.backbones.inputs import check_length, check_pixels
+from mm_moe.backbones.inputs import (
+    all_real,
+    blank_image,
+    check_length,
+    check_pixels,
+    one_token,
+)
 from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import RoutingRecord
 
@@ -81,6 +87,11 @@ class QFormerImageTower(BlockTower):
         if freeze_vision:
             self.vision.requires_grad_(False)
 
+    @property
+    def source_width(self) -> int:
+        """Width of the patches."""
+        return self.vision.config.hidden_size
+
     def memory(self, payload: Payload) -> Tensor:
         """The patches (N, S, width of the vision transformer) after their last norm."""
         pixels_NCHW = payload["pixel_values"]
@@ -98,7 +109,11 @@ class QFormerImageTower(BlockTower):
 
     def blank(self) -> Payload:
         """One grey image."""
-        return {"pixel_values": self.query_tokens.new_zeros(1, 3, *2 * (self.image_size,))}
+        return blank_image(self.query_tokens, self.image_size)
+
+    def stand_in(self, num_rows: int, length: int) -> Payload:
+        """Images of no pixels: `embed` only counts them."""
+        return {"pixel_values": self.query_tokens.new_zeros(num_rows, 0)}
 
 
 class VisionImageTower(Tower):
@@ -136,11 +151,8 @@ class VisionImageTower(Tower):
         """One pre-norm block of the vision transformer."""
         layer: Any = self.inner.vision.encoder.layers[index]
         attention = layer.self_attn
-        query, key, value = attention.qkv(layer.layer_norm1(x_NLD)).chunk(3, dim=-1)
         y_NLD = attend(
-            query,
-            key,
-            value,
+            *attention.qkv(layer.layer_norm1(x_NLD)).chunk(3, dim=-1),
             num_heads=attention.num_heads,
             extra=keys_values,
             dropout=attention.attention_dropout if self.training else 0.0,
@@ -160,6 +172,10 @@ class VisionImageTower(Tower):
     def blank(self) -> Payload:
         """One grey image."""
         return self.inner.blank()
+
+    def stand_in(self, num_rows: int, length: int) -> Payload:
+        """Images of no pixels: the Q-Former only counts them."""
+        return self.inner.stand_in(num_rows, length)
 
     def feed_forwards(self) -> list[tuple[nn.Module, str]]:
         """`mlp` of every layer of the vision transformer."""
@@ -206,8 +222,11 @@ class QFormerTextTower(BlockTower):
 
     def blank(self) -> Payload:
         """A row of one token."""
-        ids_NL = self.token_embedding.weight.new_zeros(1, 1).long()
-        return {"input_ids": ids_NL, "attention_mask": torch.ones_like(ids_NL)}
+        return one_token(self.token_embedding.weight.device, token=0)
+
+    def stand_in(self, num_rows: int, length: int) -> Payload:
+        """Nothing: the first token is read."""
+        return {}
 
 
 class OptTextTower(BlockTower):
@@ -248,8 +267,11 @@ class OptTextTower(BlockTower):
 
     def blank(self) -> Payload:
         """A row of one token."""
-        ids_NL = self.token_embedding.weight.new_zeros(1, 1).long()
-        return {"input_ids": ids_NL, "attention_mask": torch.ones_like(ids_NL)}
+        return one_token(self.token_embedding.weight.device, token=0)
+
+    def stand_in(self, num_rows: int, length: int) -> Payload:
+        """Texts without padding."""
+        return all_real(num_rows, length, self.token_embedding.weight.device)
 
 
 def opt_block(layer: Any) -> TransformerBlock:

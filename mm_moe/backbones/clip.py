@@ -13,7 +13,13 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModel
 
 from mm_moe.backbones.attention import attend
 from mm_moe.backbones.base import Backbone, Payload, ProcessorNeeds, Tower, run_feed_forward
-from mm_moe.backbones.inputs import check_length, check_pixels, ends_last
+from mm_moe.backbones.inputs import (
+    blank_image,
+    check_length,
+    check_pixels,
+    ends_last,
+    one_token,
+)
 from mm_moe.backbones.library import (
     check_same_settings,
     json_fields,
@@ -117,7 +123,7 @@ class ClipImageTower(ClipTower):
     def blank(self) -> Payload:
         """One black image."""
         weight = self.patch_embedding.weight
-        return {"pixel_values": weight.new_zeros(1, weight.shape[1], *2 * (self.image_size,))}
+        return blank_image(weight, self.image_size, channels=weight.shape[1])
 
 
 class ClipTextTower(ClipTower):
@@ -164,8 +170,7 @@ class ClipTextTower(ClipTower):
 
     def blank(self) -> Payload:
         """A row that is only an end-of-text token."""
-        ids_NL = torch.full((1, 1), self.eos_token_id, device=self.token_embedding.weight.device)
-        return {"input_ids": ids_NL, "attention_mask": torch.ones_like(ids_NL)}
+        return one_token(self.token_embedding.weight.device, token=self.eos_token_id)
 
 
 def clip_config(settings: dict[str, Any]) -> CLIPConfig:

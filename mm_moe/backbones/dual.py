@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mm_moe.backbones.base import Backbone, Edit, Payload, ProcessorNeeds, Tower, check_options
+from mm_moe.backbones.entrance import Generated
 from mm_moe.batch import IMAGE, TEXT
 from mm_moe.errors import ConfigError
 from mm_moe.moe.context import TokenContext
@@ -70,10 +71,10 @@ class DualBackbone(Backbone):
         payload: Payload | None,
         edit: Edit | None = None,
         context: TokenContext | None = None,
-        generated_GPD: Tensor | None = None,
+        generated: Generated | None = None,
     ) -> tuple[Tensor, dict[str, RoutingRecord]]:
         """The tower's features, projected; see `Backbone.encode`."""
-        feature_ND, records = super().encode(modality, payload, edit, context, generated_GPD)
+        feature_ND, records = super().encode(modality, payload, edit, context, generated)
         return self.projections[self.parts[modality]](feature_ND), records
 
     @classmethod

@@ -33,3 +33,20 @@ def ends_last(num_rows: int, length: int, end: int, device: torch.device) -> Ten
     ids_NL = torch.full((num_rows, length), other, dtype=torch.long, device=device)
     ids_NL[:, -1] = end
     return ids_NL
+
+
+def blank_image(weight: Tensor, side: int, *, channels: int = 3) -> dict[str, Tensor]:
+    """One image of zeros in the precision and place of a weight."""
+    return {"pixel_values": weight.new_zeros(1, channels, side, side)}
+
+
+def one_token(device: torch.device, *, token: int = 1) -> dict[str, Tensor]:
+    """A text of one token."""
+    ids_NL = torch.full((1, 1), token, dtype=torch.long, device=device)
+    return {"input_ids": ids_NL, "attention_mask": torch.ones_like(ids_NL)}
+
+
+def all_real(num_rows: int, length: int, device: torch.device) -> dict[str, Tensor]:
+    """The attention mask of texts without padding."""
+    ones_NL = torch.ones(num_rows, length, dtype=torch.long, device=device)
+    return {"attention_mask": ones_NL}

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from mm_moe.backbones.attention import attend
 from mm_moe.backbones.base import Payload, Tower, run_feed_forward
 from mm_moe.backbones.block import Attention
-from mm_moe.backbones.inputs import check_length, check_pixels, ends_last
+from mm_moe.backbones.inputs import (
+    blank_image,
+    check_length,
+    check_pixels,
+    ends_last,
+    one_token,
+)
 from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import RoutingRecord
 
@@ -66,9 +72,11 @@ class OpenClipTower(Tower):
         self, attention: nn.MultiheadAttention, y_NLD: Tensor, extra: tuple[Tensor, Tensor]
     ) -> Tensor:
         joint = F.linear(y_NLD, attention.in_proj_weight, attention.in_proj_bias)
-        query, key, value = joint.chunk(3, dim=-1)
         out_NLD = attend(
-            query, key, value, extra=extra, num_heads=attention.num_heads, causal=self.causal
+            *joint.chunk(3, dim=-1),
+            num_heads=attention.num_heads,
+            extra=extra,
+            causal=self.causal,
         )
         return attention.out_proj(out_NLD)
 
@@ -124,8 +132,7 @@ class OpenClipImageTower(OpenClipTower):
 
     def blank(self) -> Payload:
         """One black image."""
-        weight = self.visual.conv1.weight
-        return {"pixel_values": weight.new_zeros(1, 3, *2 * (self.image_size,))}
+        return blank_image(self.visual.conv1.weight, self.image_size)
 
 
 class OpenClipTextTower(OpenClipTower):
@@ -183,8 +190,7 @@ class OpenClipTextTower(OpenClipTower):
 
     def blank(self) -> Payload:
         """A row of one token."""
-        ids_NL = torch.ones(1, 1, dtype=torch.long, device=self.token_embedding.weight.device)
-        return {"input_ids": ids_NL, "attention_mask": torch.ones_like(ids_NL)}
+        return one_token(self.token_embedding.weight.device)
 
 
 def split_attention(joint: nn.MultiheadAttention) -> Attention:

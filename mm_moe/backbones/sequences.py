@@ -13,9 +13,9 @@ from collections import OrderedDict
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm_moe.backbones.attention import attend
 from mm_moe.backbones.base import (
     Backbone,
     Payload,
@@ -141,9 +141,11 @@ class SequenceTower(Tower):
     ) -> tuple[Tensor, RoutingRecord | None]:
         """One block; no step attends to padding, and padding is not routed."""
         block: Any = self.blocks[index]
-        query_NLD, key_NLD, value_NLD = block.qkv(block.norm1(x_NLD)).chunk(3, dim=-1)
-        attended_NLD = attend_to_real(
-            query_NLD, key_NLD, value_NLD, mask_NL, extra=keys_values, num_heads=self.num_heads
+        attended_NLD = attend(
+            *block.qkv(block.norm1(x_NLD)).chunk(3, dim=-1),
+            num_heads=self.num_heads,
+            extra=keys_values,
+            mask_NL=mask_NL,
         )
         x_NLD = x_NLD + block.out(attended_NLD)
         y_NLD, record = run_feed_forward(block.mlp, block.norm2(x_NLD), mask_NL, context)
@@ -173,40 +175,6 @@ class SequenceTower(Tower):
     def feed_forwards(self) -> list[tuple[nn.Module, str]]:
         """`mlp` of every block."""
         return [(block, "mlp") for block in self.blocks]
-
-
-def attend_to_real(
-    query_NLD: Tensor,
-    key_NLD: Tensor,
-    value_NLD: Tensor,
-    mask_NL: Tensor | None,
-    *,
-    extra: tuple[Tensor, Tensor] | None,
-    num_heads: int,
-) -> Tensor:
-    """Attention (N, L, D) to the real steps and to all P extra pairs.
-
-    A row without a real step (the blank row) attends to all of its steps, so that its numbers stay
-    finite.
-    """
-    num_rows, _, width = query_NLD.shape
-    allowed_N11K = None
-    if mask_NL is not None:
-        allowed_NL = mask_NL | ~mask_NL.any(-1, keepdim=True)
-        if extra is not None:
-            allowed_NL = F.pad(allowed_NL, (extra[0].shape[1], 0), value=True)
-        allowed_N11K = allowed_NL[:, None, None]
-    if extra is not None:
-        key_NLD = torch.cat([extra[0].to(key_NLD.dtype), key_NLD], dim=1)
-        value_NLD = torch.cat([extra[1].to(value_NLD.dtype), value_NLD], dim=1)
-
-    def heads(x: Tensor) -> Tensor:
-        return x.reshape(num_rows, -1, num_heads, width // num_heads).transpose(1, 2)
-
-    out_NHLK = F.scaled_dot_product_attention(
-        heads(query_NLD), heads(key_NLD), heads(value_NLD), attn_mask=allowed_N11K
-    )
-    return out_NHLK.transpose(1, 2).reshape(num_rows, -1, width)
 
 
 class SequencesBackbone(Backbone):

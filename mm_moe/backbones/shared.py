@@ -47,6 +47,11 @@ class SharedTower(Tower):
         """As the tower."""
         return self.tower.memory(payload)
 
+    @property
+    def source_width(self) -> int:
+        """As the tower."""
+        return self.tower.source_width
+
     def pool(self, x_NLD: Tensor, payload: Payload, prefix: int) -> Tensor:
         """As the tower."""
         return self.tower.pool(x_NLD, payload, prefix)

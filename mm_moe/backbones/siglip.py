@@ -17,7 +17,7 @@ from transformers import SiglipConfig, SiglipModel, SiglipTextModel, SiglipVisio
 
 from mm_moe.backbones.base import Backbone, Payload, ProcessorNeeds
 from mm_moe.backbones.clip import ClipTower
-from mm_moe.backbones.inputs import check_length, check_pixels
+from mm_moe.backbones.inputs import blank_image, check_length, check_pixels, one_token
 from mm_moe.backbones.library import (
     check_same_settings,
     json_fields,
@@ -52,10 +52,14 @@ class SiglipImageTower(ClipTower):
         """The library's attention head over the tower's own tokens."""
         return self.head(self.norm_out(x_NLD[:, prefix:]))
 
+    def stand_in(self, num_rows: int, length: int) -> Payload:
+        """Nothing: every token is read."""
+        return {}
+
     def blank(self) -> Payload:
         """One grey image."""
         weight = self.patch_embedding.weight
-        return {"pixel_values": weight.new_zeros(1, weight.shape[1], *2 * (self.image_size,))}
+        return blank_image(weight, self.image_size, channels=weight.shape[1])
 
 
 class SiglipTextTower(ClipTower):
@@ -87,10 +91,13 @@ class SiglipTextTower(ClipTower):
         """The last position, normalised and projected."""
         return self.head(self.norm_out(x_NLD[:, -1]))
 
+    def stand_in(self, num_rows: int, length: int) -> Payload:
+        """Nothing: the last token is read."""
+        return {}
+
     def blank(self) -> Payload:
         """A row of padding."""
-        ids_NL = self.token_embedding.weight.new_full((1, 1), self.pad_token_id).long()
-        return {"input_ids": ids_NL, "attention_mask": ids_NL * 0 + 1}
+        return one_token(self.token_embedding.weight.device, token=self.pad_token_id)
 
 
 def siglip_config(settings: dict[str, Any]) -> SiglipConfig:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -21,7 +20,7 @@ from transformers import (
 
 from mm_moe.backbones.base import Backbone, Payload, ProcessorNeeds
 from mm_moe.backbones.block import Attention, BlockTower, TransformerBlock
-from mm_moe.backbones.inputs import check_length
+from mm_moe.backbones.inputs import all_real, check_length, one_token
 from mm_moe.backbones.library import (
     check_same_settings,
     first_line,
@@ -80,8 +79,11 @@ class EncoderTextTower(BlockTower):
 
     def blank(self) -> Payload:
         """A row of one token."""
-        ids_NL = torch.ones(1, 1, dtype=torch.long, device=self.token_embedding.weight.device)
-        return {"input_ids": ids_NL, "attention_mask": torch.ones_like(ids_NL)}
+        return one_token(self.token_embedding.weight.device)
+
+    def stand_in(self, num_rows: int, length: int) -> Payload:
+        """Texts without padding."""
+        return all_real(num_rows, length, self.token_embedding.weight.device)
 
 
 def encoder_block(layer: Any) -> TransformerBlock:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mm_moe.backbones.attention import attend
 from mm_moe.backbones.base import Payload, Tower, run_feed_forward
 from mm_moe.backbones.block import Attention, BlockTower, TransformerBlock
-from mm_moe.backbones.inputs import check_pixels
+from mm_moe.backbones.inputs import blank_image, check_pixels
 from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import RoutingRecord
 
@@ -69,7 +69,11 @@ class VitImageTower(Tower):
     def blank(self) -> Payload:
         """One grey image."""
         weight = self.vit.patch_embed.proj.weight
-        return {"pixel_values": weight.new_zeros(1, weight.shape[1], *2 * (self.image_size,))}
+        return blank_image(weight, self.image_size, channels=weight.shape[1])
+
+    def stand_in(self, num_rows: int, length: int) -> Payload:
+        """Nothing: every token is read."""
+        return {}
 
     def feed_forwards(self) -> list[tuple[nn.Module, str]]:
         """`mlp` of every block."""
@@ -77,11 +81,8 @@ class VitImageTower(Tower):
 
 
 def _attend(attention: Any, y_NLD: Tensor, extra: tuple[Tensor, Tensor]) -> Tensor:
-    query, key, value = attention.qkv(y_NLD).chunk(3, dim=-1)
     out_NLD = attend(
-        query,
-        key,
-        value,
+        *attention.qkv(y_NLD).chunk(3, dim=-1),
         num_heads=attention.num_heads,
         extra=extra,
         dropout=attention.attn_drop.p if attention.training else 0.0,
@@ -152,7 +153,11 @@ class ConvImageTower(BlockTower):
     def blank(self) -> Payload:
         """One grey image."""
         weight = next(self.net.parameters())
-        return {"pixel_values": weight.new_zeros(1, weight.shape[1], *2 * (self.image_size,))}
+        return blank_image(weight, self.image_size, channels=weight.shape[1])
+
+    def stand_in(self, num_rows: int, length: int) -> Payload:
+        """Nothing: every token is read."""
+        return {}
 
 
 def new_block(width: int) -> TransformerBlock:

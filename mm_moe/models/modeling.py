@@ -5,7 +5,6 @@ Axes: B samples, M modalities, N packed rows of one modality, D width of a featu
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mm_moe.backbones.base import Backbone, Payload, Tower, check_options
+from mm_moe.backbones.base import Backbone, Payload, Tower
 from mm_moe.errors import ConfigError
 from mm_moe.models.adapters import LoraSettings, add_lora, merge_lora
 from mm_moe.models.configuration import MultimodalMoEConfig
@@ -22,12 +21,12 @@ from mm_moe.models.fusion import Head, new_head
 from mm_moe.models.generation import check_generates, generated_rows, generated_tokens
 from mm_moe.models.loading import check_loaded
 from mm_moe.models.output import MultimodalMoEOutput, mean_router_losses
-from mm_moe.models.prompt_start import anchors, first_tokens
+from mm_moe.models.prompt_start import anchors, first_tokens, new_prompt
 from mm_moe.models.rows import packed_rows, prompt_rows, token_contexts
 from mm_moe.models.trainable import freeze_tower, trainable_counts
 from mm_moe.moe.layer import MoELayer, RoutingRecord
 from mm_moe.moe.upcycle import upcycle
-from mm_moe.registry import BACKBONES, PROMPTS
+from mm_moe.registry import BACKBONES
 from prompts.base import Prompt
 
 LOGIT_SCALE = 2.6592  # log(1 / 0.07), CLIP's
@@ -66,7 +65,7 @@ class MultimodalMoEModel(PreTrainedModel):
         self._make_sparse()
         if config.lora is not None:
             add_lora(backbone, LoraSettings.from_dict(config.lora))
-        self.prompt = self._new_prompt()
+        self.prompt = new_prompt(config, dict(self._towers()))
         check_generates(self.prompt, backbone)
         self.anchor_prompt()
         self.head: Head | None = None
@@ -96,27 +95,6 @@ class MultimodalMoEModel(PreTrainedModel):
                     drop=0.0 if on_meta else self.config.upcycle_drop,
                 )
                 setattr(parent, attribute, sparse)
-
-    def _new_prompt(self) -> Prompt:
-        prompt_class = PROMPTS.resolve(self.config.prompt)
-        options = dict(self.config.prompt_config)
-        for name, tower in self._towers():
-            if self.config.prompt != "none" and not tower.num_blocks:
-                raise ConfigError(
-                    f"the {name} tower has no blocks that a prompt could act in; take prompt "
-                    "'none', or a tower with blocks (timm: new_blocks)."
-                )
-        parameters = inspect.signature(prompt_class).parameters.values()
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            own = {"widths", "num_blocks", "modalities"}
-            known = [p.name for p in parameters if p.name not in own]
-            check_options(self.config.prompt, options, known)
-        return prompt_class(
-            widths={name: tower.width for name, tower in self._towers()},
-            num_blocks={name: tower.num_blocks for name, tower in self._towers()},
-            modalities=self.modalities,
-            **options,
-        )
 
     def _finish(self) -> None:
         """Let the library do its book-keeping, but not draw the weights again."""

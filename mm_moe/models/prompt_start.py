@@ -1,17 +1,52 @@
-"""What a prompt may start from: its towers' own vectors, and the task's first tokens.
+"""A new prompt, and what it may start from: its towers' own vectors, and the task's first tokens.
 
 Axes: T tokens, N rows, L tokens of a row, D a tower's width.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mm_moe.backbones.base import Backbone
+from mm_moe.backbones.base import Backbone, Tower, check_options
+from mm_moe.errors import ConfigError
+from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.registry import PROMPTS
+from prompts.base import Prompt
+
+SHAPES = ("widths", "num_blocks", "modalities", "source_widths")  # what a prompt gets from towers
+
+
+def new_prompt(config: MultimodalMoEConfig, towers: Mapping[str, Tower]) -> Prompt:
+    """The prompt that a configuration asks for, in the shapes of the towers.
+
+    Raises:
+        ConfigError: options that the prompt does not have, or a tower without blocks.
+    """
+    prompt_class = PROMPTS.resolve(config.prompt)
+    options = dict(config.prompt_config)
+    for name, tower in towers.items():
+        if config.prompt != "none" and not tower.num_blocks:
+            raise ConfigError(
+                f"the {name} tower has no blocks that a prompt could act in; take prompt "
+                "'none', or a tower with blocks (timm: new_blocks)."
+            )
+    parameters = inspect.signature(prompt_class).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        known = [name for name in parameters if name not in SHAPES]
+        check_options(config.prompt, options, known)
+    if "source_widths" in parameters:
+        options["source_widths"] = {name: tower.source_width for name, tower in towers.items()}
+    return prompt_class(
+        widths={name: tower.width for name, tower in towers.items()},
+        num_blocks={name: tower.num_blocks for name, tower in towers.items()},
+        modalities=tuple(towers),
+        **options,
+    )
 
 
 def anchors(backbone: Backbone) -> dict[str, Tensor]:

@@ -129,7 +129,7 @@ def encode(backbone, prompt, present_BM, inputs):
     result = torch.zeros(*present_BM.shape, 6)
     for i, m in enumerate(backbone.modalities):
         payload = inputs[m] if len(own[m]) else None
-        features, _ = backbone.encode(m, payload, edits.get(m), generated_GPD=generated.get(m))
+        features, _ = backbone.encode(m, payload, edits.get(m), generated=generated.get(m))
         used = torch.cat([own[m], lacking[m]])
         result[used, i] = features[len(features) - len(used) :]
         result = result + 0 * features.sum()

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from mm_moe.backbones.base import Tower
+from mm_moe.backbones.clip import ClipTextTower
 from mm_moe.errors import ConfigError
 from mm_moe.models import MultimodalMoEConfig, build_model
 from prompts.generative import GenerativePrompt, in_steps
@@ -29,13 +31,13 @@ def test_rows_that_lack_a_modality_get_tokens_made_of_the_others():
     prompt = GenerativePrompt(**PAIR, steps=2, length=1, width=3)
     present = torch.tensor([[True, True], [True, False], [False, True], [True, False]])
     mask = torch.ones(3, 4, dtype=torch.bool)
-    embedded = {"a": (torch.randn(3, 4, 4), mask), "b": (torch.randn(2, 5, 6), None)}
-    generated = prompt.generate(present, embedded)
+    sources = {"a": (torch.randn(3, 4, 4), mask), "b": (torch.randn(2, 5, 6), None)}
+    generated = prompt.generate(present, sources)
     assert {name: x.shape for name, x in generated.items()} == {"a": (1, 2, 4), "b": (2, 5, 6)}
     # b takes five tokens: steps 0 0 0 1 1
     assert torch.equal(generated["b"][:, 0], generated["b"][:, 2])
     assert not torch.equal(generated["b"][:, 2], generated["b"][:, 3])
-    other = {"a": (embedded["a"][0].clone(), mask), "b": embedded["b"]}
+    other = {"a": (sources["a"][0].clone(), mask), "b": sources["b"]}
     other["a"][0][2] += 1  # of the last sample
     again = prompt.generate(present, other)
     assert torch.equal(again["b"][0], generated["b"][0])
@@ -96,16 +98,9 @@ def test_three_modalities_of_feature_sequences(missing):
     assert features[config.modalities[missing]][1].abs().sum() > 0
 
 
-def test_a_tower_that_takes_no_generated_tokens_is_refused():
-    clip = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    clip |= {"num_attention_heads": 2}
-    vision = clip | {"image_size": 32, "patch_size": 16}
-    config = MultimodalMoEConfig(
-        backbone="siglip",
-        backbone_config={"text_config": clip | {"vocab_size": 50}, "vision_config": vision},
-        prompt="generative",
-        label_names=["x", "y"],
-    )
+def test_a_tower_that_takes_no_generated_tokens_is_refused(monkeypatch):
+    monkeypatch.setattr(ClipTextTower, "stand_in", Tower.stand_in)
+    config = MultimodalMoEConfig(backbone_config=CLIP, prompt="generative", label_names=["x", "y"])
     with pytest.raises(ConfigError, match="takes no generated tokens; turn the prompt's gen"):
         build_model(config)
     config.prompt_config = {"generative": False}
