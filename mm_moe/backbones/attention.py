@@ -20,6 +20,8 @@ def attend(
     mask_NL: Tensor | None = None,
     causal: bool = False,
     dropout: float = 0.0,
+    scale: float | None = None,
+    bias_1HQL: Tensor | None = None,
 ) -> Tensor:
     """Attention (N, Q, D), before its output projection, over P extra pairs and L own keys.
 
@@ -36,6 +38,8 @@ def attend(
         mask_NL: which of the own keys are real; None means all.
         causal: whether the tower is causal.
         dropout: of the attention weights.
+        scale: of the scores; None: 1 / sqrt(K).
+        bias_1HQL: added to the scores of the own keys.
     """
     num_rows, length, width = query_NQD.shape
     num_extra = 0
@@ -56,7 +60,15 @@ def attend(
         real_NL = F.pad(mask_NL | ~mask_NL.any(1, keepdim=True), (num_extra, 0), value=True)
         real_N11L = real_NL[:, None, None]
         allowed = real_N11L if allowed is None else allowed & real_N11L
+    if bias_1HQL is not None:
+        bias = F.pad(bias_1HQL, (num_extra, 0)).to(query_NQD.dtype)
+        allowed = bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
     out_NHQK = F.scaled_dot_product_attention(
-        heads(query_NQD), heads(key_NLD), heads(value_NLD), attn_mask=allowed, dropout_p=dropout
+        heads(query_NQD),
+        heads(key_NLD),
+        heads(value_NLD),
+        attn_mask=allowed,
+        dropout_p=dropout,
+        scale=scale,
     )
     return out_NHQK.transpose(1, 2).reshape(num_rows, length, width)

@@ -5,9 +5,9 @@ the text alone, of one width. BLIP-2 has two such pairs, and `text` chooses:
 
 - "qformer": `Blip2ForImageTextRetrieval`. Texts go through the Q-Former's text side; both features
   are the projections that its contrastive stage trained.
-- "language_model": `Blip2ForConditionalGeneration` with an OPT. The image feature is the mean of
-  the queries as the language model would receive them, the text feature OPT's last token. T5 is
-  not supported: its blocks need relative positions that no edit here can extend.
+- "language_model": `Blip2ForConditionalGeneration` with an OPT or a T5. The image feature is the
+  mean of the queries as the language model would receive them, the text feature OPT's last token or
+  the mean of the tokens that leave T5's encoder.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
 from mm_moe.backbones.base import Backbone, ProcessorNeeds, Tower
+from mm_moe.backbones.blip2_t5 import TRAINED_LENGTH, T5TextTower
 from mm_moe.backbones.blip2_towers import (
     OptTextTower,
     QFormerImageTower,
@@ -38,11 +39,12 @@ CHOICES = {"text": ("qformer", "language_model"), "blocks": ("qformer", "vision"
 OWN = (*CHOICES, "freeze_vision")
 KINDS = ("text_config",)  # whose class hangs on its model_type
 MODEL_OF = {"qformer": Blip2ForImageTextRetrieval, "language_model": Blip2ForConditionalGeneration}
+LANGUAGE_MODELS = ("opt", "t5")  # model types of text_config
 STD = 0.02
 
 
 class Blip2Backbone(Backbone):
-    """Any BLIP-2 with an OPT that `transformers` reads, or one of random weights.
+    """Any BLIP-2 with an OPT or a T5 that `transformers` reads, or one of random weights.
 
     Args:
         settings: "text" (see above; default "qformer"), "blocks" ("qformer" or "vision": where
@@ -52,7 +54,7 @@ class Blip2Backbone(Backbone):
         blip2: a ready model to take apart instead of a new random one.
 
     Raises:
-        ConfigError: settings that are no Blip2Config, an unknown choice, or a T5.
+        ConfigError: settings that are no Blip2Config, an unknown choice, or another language model.
 
     Random weights differ from the library's in two things that it only fills from checkpoints:
     query tokens are drawn (theirs are zero, so all alike for ever), and so is the vision
@@ -80,8 +82,7 @@ class Blip2Backbone(Backbone):
             image = QFormerImageTower(blip2, projection, freeze_vision=own["freeze_vision"])
             towers[IMAGE] = VisionImageTower(image) if own["blocks"] == "vision" else image
         if TEXT in self.parts.values():
-            decoder = blip2.language_model.model.decoder if lm else None
-            towers[TEXT] = OptTextTower(decoder) if lm else QFormerTextTower(blip2)
+            towers[TEXT] = language_tower(blip2) if lm else QFormerTextTower(blip2)
         self.set_towers(towers)
 
     @classmethod
@@ -90,9 +91,10 @@ class Blip2Backbone(Backbone):
         own, config = split_settings(settings)
         lm = own["text"] == "language_model"
         text = config.text_config if lm else config.qformer_config
+        relative = text.model_type == "t5"
         return ProcessorNeeds(
             image_size=config.vision_config.image_size,
-            max_text_tokens=text.max_position_embeddings,
+            max_text_tokens=TRAINED_LENGTH if relative else text.max_position_embeddings,
             vocab_size=text.vocab_size,
         )
 
@@ -115,6 +117,14 @@ class Blip2Backbone(Backbone):
         fields = json_fields(blip2.config, keep_kind=KINDS)
         check_same_settings(settings, fields, pretrained)
         return cls({**fields, **chosen}, modalities=modalities, blip2=blip2)
+
+
+def language_tower(blip2: Any) -> Tower:
+    """The text tower that a BLIP-2's language model gives."""
+    model = blip2.language_model
+    if model.config.model_type == "t5":
+        return T5TextTower(model.encoder)
+    return OptTextTower(model.model.decoder)
 
 
 def check_choices(own: dict[str, Any]) -> None:
@@ -144,9 +154,9 @@ def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         }
     config = library_config(Blip2Config, fields)
     kind = config.text_config.model_type
-    if own["text"] == "language_model" and kind != "opt":
+    if own["text"] == "language_model" and kind not in LANGUAGE_MODELS:
         raise ConfigError(
             f"text_config.model_type {kind!r} is not supported as a text tower; take a BLIP-2 with "
-            "an OPT, or text 'qformer'."
+            "an OPT or a T5, or text 'qformer'."
         )
     return own, config

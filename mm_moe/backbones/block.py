@@ -1,10 +1,10 @@
 """A transformer block in parts, for libraries whose own layers hide the feed-forward.
 
-BERT, the Q-Former and OPT spread a feed-forward over modules that also add the residual or
+BERT, the Q-Former, OPT and T5 spread a feed-forward over modules that also add the residual or
 normalise. Here the library's linear layers and norms are put together again so that the
 feed-forward is one module, which a sparse layer can replace, and attention takes extra keys.
 
-Axes: N rows, L tokens, S tokens of the memory, D width.
+Axes: N rows, L tokens, S tokens of the memory, D width, H heads.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Attention(nn.Module):
         out: D -> D.
         num_heads: attention heads.
         dropout: of the attention weights.
+        scale: of the scores; None: 1 / sqrt(width of a head).
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class Attention(nn.Module):
         out: nn.Linear,
         num_heads: int,
         dropout: float,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.query, self.key, self.value, self.out = query, key, value, out
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads, self.dropout, self.scale = num_heads, dropout, scale
 
     def forward(
         self,
@@ -52,6 +54,7 @@ class Attention(nn.Module):
         mask_NL: Tensor | None = None,
         extra: tuple[Tensor, Tensor] | None = None,
         causal: bool = False,
+        bias_1HLL: Tensor | None = None,
     ) -> Tensor:
         """Self-attention (N, L, D), or attention to `memory` (N, S, its width)."""
         source = x_NLD if memory is None else memory
@@ -64,6 +67,8 @@ class Attention(nn.Module):
             mask_NL=mask_NL,
             causal=causal,
             dropout=self.dropout if self.training else 0.0,
+            scale=self.scale,
+            bias_1HQL=bias_1HLL,
         )
         return self.out(out_NLD)
 
@@ -76,7 +81,7 @@ class TransformerBlock(nn.Module):
         attention_norm: its norm.
         mlp: the feed-forward, without dropout behind it.
         mlp_norm: its norm.
-        norm_first: norms stand before the parts (OPT), not behind the residual sums (BERT).
+        norm_first: norms stand before the parts (OPT, T5), not behind the residual sums (BERT).
         dropout: of every part's output.
         cross: attention to the memory, only where norms stand behind.
         cross_norm: its norm.
@@ -108,11 +113,16 @@ class TransformerBlock(nn.Module):
         context: TokenContext | None = None,
         memory: Tensor | None = None,
         causal: bool = False,
+        bias_1HLL: Tensor | None = None,
     ) -> tuple[Tensor, RoutingRecord | None]:
         """Tokens (N, L, D) that leave the block, and the record of a sparse feed-forward."""
         if self.norm_first:
             y_NLD = self.attention(
-                self.attention_norm(x_NLD), mask_NL=mask_NL, extra=extra, causal=causal
+                self.attention_norm(x_NLD),
+                mask_NL=mask_NL,
+                extra=extra,
+                causal=causal,
+                bias_1HLL=bias_1HLL,
             )
             x_NLD = x_NLD + self._drop(y_NLD)
             y_NLD, record = run_feed_forward(self.mlp, self.mlp_norm(x_NLD), mask_NL, context)

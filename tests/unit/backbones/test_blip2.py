@@ -21,6 +21,18 @@ OPT = SHARED | {
     "word_embed_proj_dim": 16,
     **{"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
 }
+T5 = {
+    "model_type": "t5",
+    "d_model": 16,
+    "d_ff": 24,
+    "d_kv": 6,
+    "num_layers": 3,
+    "num_heads": 2,
+    "vocab_size": 40,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 6,
+}
 FIELDS = {
     "vision_config": VISION | {"initializer_range": 0.5},
     "qformer_config": QFORMER | {"initializer_range": 0.2},
@@ -94,10 +106,12 @@ def test_language_model_features_equal_the_librarys_own(norm_first, tmp_path):
     assert torch.allclose(text, hidden[[0, 1], [3, 1]], atol=1e-5)
 
 
-@pytest.mark.parametrize("text", ["qformer", "language_model"])
-def test_sparse_from_a_checkpoint_starts_dense_and_reloads_equal(text, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "lm"), [("qformer", OPT), ("language_model", OPT), ("language_model", T5)]
+)
+def test_sparse_from_a_checkpoint_starts_dense_and_reloads_equal(text, lm, tmp_path):
     kind = Blip2ForImageTextRetrieval if text == "qformer" else Blip2ForConditionalGeneration
-    library_model(kind).save_pretrained(tmp_path / "library")
+    library_model(kind, text_config=lm).save_pretrained(tmp_path / "library")
     models = [
         build_model(
             MultimodalMoEConfig(
@@ -140,8 +154,8 @@ def test_random_weights_have_different_queries_and_images():
         ({"text": "bert"}, "backbone_config.text 'bert' is unknown; known: language_model"),
         ({"block": "vision"}, "unknown blip2 option 'block'; did you mean blocks"),
         (
-            {"text": "language_model", "text_config": {"model_type": "t5"}},
-            "'t5' is not supported as a text tower",
+            {"text": "language_model", "text_config": {"model_type": "gpt2"}},
+            "'gpt2' is not supported as a text tower",
         ),
         ({"num_query_tokens": "four"}, "not a Blip2Config"),
     ],
