@@ -51,24 +51,40 @@ def attend(
     def heads(x: Tensor) -> Tensor:
         return x.view(num_rows, -1, num_heads, width // num_heads).transpose(1, 2)
 
+    mask = score_mask(
+        query_NQD, num_extra=num_extra, mask_NL=mask_NL, causal=causal, bias_1HQL=bias_1HQL
+    )
+    out_NHQK = F.scaled_dot_product_attention(
+        heads(query_NQD),
+        heads(key_NLD),
+        heads(value_NLD),
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=scale,
+    )
+    return out_NHQK.transpose(1, 2).reshape(num_rows, length, width)
+
+
+def score_mask(
+    query_NQD: Tensor,
+    *,
+    num_extra: int,
+    mask_NL: Tensor | None,
+    causal: bool,
+    bias_1HQL: Tensor | None,
+) -> Tensor | None:
+    """Which keys a query sees (bool) or, with a bias, what is added to their scores; None: all."""
     allowed = None
     if causal:
+        length = query_NQD.shape[1]
         allowed = torch.ones(
-            length, key_NLD.shape[1], dtype=torch.bool, device=query_NQD.device
+            length, num_extra + length, dtype=torch.bool, device=query_NQD.device
         ).tril(diagonal=num_extra)
     if mask_NL is not None:
         real_NL = F.pad(mask_NL | ~mask_NL.any(1, keepdim=True), (num_extra, 0), value=True)
         real_N11L = real_NL[:, None, None]
         allowed = real_N11L if allowed is None else allowed & real_N11L
-    if bias_1HQL is not None:
-        bias = F.pad(bias_1HQL, (num_extra, 0)).to(query_NQD.dtype)
-        allowed = bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
-    out_NHQK = F.scaled_dot_product_attention(
-        heads(query_NQD),
-        heads(key_NLD),
-        heads(value_NLD),
-        attn_mask=allowed,
-        dropout_p=dropout,
-        scale=scale,
-    )
-    return out_NHQK.transpose(1, 2).reshape(num_rows, length, width)
+    if bias_1HQL is None:
+        return allowed
+    bias = F.pad(bias_1HQL, (num_extra, 0)).to(query_NQD.dtype)
+    return bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
