@@ -84,10 +84,10 @@ def test_generated_rows_are_read_like_rows_that_were_there(case):
             assert torch.allclose(found[1:], expected[2:], atol=1e-5), name
 
 
-def model_and_batch(case, **prompt_config):
+def model_and_batch(case, modalities=None, **prompt_config):
     """A model with the generative prompt, and a batch in which every pattern occurs twice."""
     torch.manual_seed(0)
-    modalities = BACKBONES.resolve(case[0]).supported
+    modalities = modalities or BACKBONES.resolve(case[0]).supported
     config = MultimodalMoEConfig(
         backbone=case[0],
         backbone_config=settings_of(case),
@@ -109,9 +109,16 @@ def model_and_batch(case, **prompt_config):
 WITH_OTHERS = sorted(case for case in CASES if len(BACKBONES.resolve(case[0]).supported) > 1)
 
 
-@pytest.mark.parametrize("case", WITH_OTHERS, ids=" ".join)
-def test_every_part_of_the_generative_prompt_learns(case):
-    model, present_BM, inputs = model_and_batch(case)
+TWO_IMAGES = ("image_0", "image_1", "text")
+
+
+@pytest.mark.parametrize(
+    ("case", "modalities"),
+    [*((case, None) for case in WITH_OTHERS), (("blip2", "t5"), TWO_IMAGES)],
+    ids=str,
+)
+def test_every_part_of_the_generative_prompt_learns(case, modalities):
+    model, present_BM, inputs = model_and_batch(case, modalities)
     with torch.no_grad():
         for parameter in model.parameters():  # far from values at which parts hardly act
             if parameter.ndim > 1:
