@@ -1,0 +1,50 @@
+"""A frozen backbone's features of every row, one array per modality.
+
+Axes: N rows of a split, D width of a feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mm_moe.batch import Batch
+from mm_moe.models.modeling import MultimodalMoEModel
+
+
+@dataclass(frozen=True)
+class FrozenFeatures:
+    """Features of a split in the order of its rows.
+
+    Attributes:
+        ids: N sample ids.
+        feature_ND: modality -> float32 (N, D), NaN in rows that lack it.
+    """
+
+    ids: tuple[str, ...]
+    feature_ND: dict[str, np.ndarray]
+
+
+@torch.no_grad()
+def frozen_features(model: MultimodalMoEModel, batches: Iterable[Batch]) -> FrozenFeatures:
+    """Run each tower on the rows that have its modality; no prompt, no head, no gradient."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    ids: list[str] = []
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in model.modalities}
+    for batch in batches:
+        ids += batch.ids
+        for m, name in enumerate(model.modalities):
+            present_B = batch.present[:, m].numpy()
+            found_BD = np.full((len(batch.ids), model.backbone.out_width), np.nan, dtype=np.float32)
+            if name in batch.inputs:
+                payload = {key: value.to(device) for key, value in batch.inputs[name].items()}
+                feature_ND, _ = model.backbone.encode(name, payload)
+                found_BD[present_B] = feature_ND.float().cpu().numpy()
+            parts[name].append(found_BD)
+    model.train(was_training)
+    return FrozenFeatures(tuple(ids), {name: np.concatenate(rows) for name, rows in parts.items()})
