@@ -135,7 +135,7 @@ class Grid:
         runs = {method.name: run for method, run in zip(methods, checked, strict=True)}
         data = grid_plan.check_same_data(runs)
         headline(data["task"])  # data without labels have nothing to score
-        return cls(
+        grid = cls(
             options,
             cells,
             {name: run["arguments"] for name, run in runs.items()},
@@ -144,6 +144,8 @@ class Grid:
             grid_plan.words_of_patterns([*options.train, *options.test], data=data),
             reference,
         )
+        grid_plan.check_tables(options.train, options.test, data=data, splits=grid.splits)
+        return grid
 
     @property
     def splits(self) -> list[str]:

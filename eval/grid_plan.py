@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.patterns import COMPLETE, parse_pattern, pattern_name
+from eval.patterns import COMPLETE, TABLE, parse_pattern, pattern_name
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.errors import ConfigError
 
@@ -75,7 +75,8 @@ class Cell:
         """
         kind, ratio = parse_pattern(self.train)
         words = ["--save_strategy", "no", *shared, *self.method.words]
-        words += ["--missing_type", kind, "--missing_ratio", f"{ratio:g}"]
+        if kind != TABLE:
+            words += ["--missing_type", kind, "--missing_ratio", f"{ratio:g}"]
         words += ["--seed", str(self.seed), "--missing_seed", str(self.seed)]
         return [*words, "--final_evaluation", "false"]
 
@@ -174,6 +175,9 @@ def words_of_patterns(patterns: Sequence[str], *, data: Mapping[str, Any]) -> di
     words = {}
     for pattern in dict.fromkeys(patterns):
         kind, ratio = parse_pattern(pattern)
+        if kind == TABLE:
+            words[pattern] = "what the stored table of the split says"
+            continue
         protocol = MissingProtocol(kind=kind, ratio=ratio, dataset=data["name"], split="test")
         try:
             words[pattern] = protocol.describe(data["modalities"])
@@ -205,6 +209,35 @@ def check_same_data(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                 f"methods {first!r} and {name!r} do not have the same data and splits."
             )
     return {**runs[first]["data"], **{key: runs[first]["arguments"][key] for key in keys}}
+
+
+def check_tables(
+    trains: Sequence[str], tests: Sequence[str], *, data: Mapping[str, Any], splits: Sequence[str]
+) -> None:
+    """Check that the pattern "table" stands where stored tables are given, and only there.
+
+    Args:
+        trains: training patterns.
+        tests: test patterns.
+        data: what `check_same_data` gives.
+        splits: splits that are scored.
+
+    Raises:
+        ConfigError: a split without its table, or a training pattern beside the training table.
+    """
+    train_split = data["train_split"]
+    wanted = [train_split] * (TABLE in trains) + [*splits] * (TABLE in tests)
+    for split in wanted:
+        if split not in data["tables"]:
+            raise ConfigError(
+                f"the pattern {TABLE!r} needs a stored table of the split {split!r}; name one with "
+                f"--missing_table {split}=FILE (or score one split only: --validation_split test)."
+            )
+    if train_split in data["tables"] and list(trains) != [TABLE]:
+        raise ConfigError(
+            f"--missing_table says what is missing in the split {train_split!r}, so that --train "
+            f"can only be {TABLE}, not {', '.join(trains)}; drop one."
+        )
 
 
 def open_folder(folder: Path, record: Mapping[str, Any]) -> None:
@@ -255,6 +288,6 @@ def by_kind(patterns: Sequence[str]) -> dict[str, list[str]]:
     start = [pattern for pattern in patterns if pattern == COMPLETE]
     kinds: dict[str, list[str]] = {}
     for pattern in patterns:
-        if pattern != COMPLETE:
+        if pattern not in (COMPLETE, TABLE):  # a table has no rate
             kinds.setdefault(parse_pattern(pattern)[0], list(start)).append(pattern)
     return {kind: sorted(row, key=lambda p: parse_pattern(p)[1]) for kind, row in kinds.items()}

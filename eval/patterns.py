@@ -22,7 +22,7 @@ from mm_moe.data.schema import DataSource
 from mm_moe.errors import ConfigError, DataError
 from mm_moe.training.predict import Predictions
 
-COMPLETE, MIXED = "complete", "mixed"
+COMPLETE, MIXED, TABLE = "complete", "mixed", "table"  # the last: as a stored table says
 MOST_IN_FULL = 4  # modalities; 14 sets of them short of all
 
 Predict = Callable[[Sequence[Missing | None], str], Iterable[Predictions]]
@@ -82,12 +82,16 @@ def conditions(
 def parse_pattern(text: str) -> tuple[str, float]:
     """The missing kind and ratio of "complete" (or "none") or "KIND:RATIO", as in "both:0.7".
 
+    "table", a stored table, is a kind by itself, of ratio 1.
+
     Raises:
         ConfigError: no such form, or a ratio outside [0, 1]. Whether the kind fits the data is for
             `MissingProtocol.check_kind` to say.
     """
     if text in (COMPLETE, "none"):
         return "none", 0.0
+    if text == TABLE:
+        return TABLE, 1.0
     kind, colon, number = text.rpartition(":")
     try:
         ratio = float(number)
@@ -95,7 +99,8 @@ def parse_pattern(text: str) -> tuple[str, float]:
         ratio = math.nan
     if not (colon and kind) or math.isnan(ratio):
         raise ConfigError(
-            f"missing pattern {text!r} is neither {COMPLETE} nor KIND:RATIO; write both:0.7."
+            f"missing pattern {text!r} is neither {COMPLETE} nor KIND:RATIO nor {TABLE}; "
+            "write both:0.7."
         )
     if not 0 <= ratio <= 1:
         raise ConfigError(
@@ -106,7 +111,9 @@ def parse_pattern(text: str) -> tuple[str, float]:
 
 
 def pattern_name(kind: str, ratio: float) -> str:
-    """The one way to write a pattern: "complete", "both:0.7"."""
+    """The one way to write a pattern: "complete", "both:0.7", "table"."""
+    if kind == TABLE:
+        return TABLE
     return COMPLETE if kind == "none" or ratio == 0 else f"{kind}:{ratio:g}"
 
 
@@ -117,17 +124,35 @@ def chosen_conditions(
     dataset: str,
     split: str,
     seed: int = 0,
-) -> dict[str, MissingProtocol | None]:
+    stored: Missing | None = None,
+) -> dict[str, Missing | None]:
     """The test conditions that a user named, instead of those of `conditions`.
 
     Returns:
         Name of the pattern -> protocol, each once; None leaves every sample as it is.
 
+    Args:
+        patterns: in the words of `parse_pattern`.
+        modalities: of the data.
+        dataset: the source's name, key of the masks.
+        split: the split that is scored, key of the masks.
+        seed: seed of the masks.
+        stored: the split's stored table, which the pattern "table" means.
+
     Raises:
-        ConfigError: a pattern is malformed, or its kind does not fit the modalities.
+        ConfigError: a pattern is malformed, its kind does not fit the modalities, or the split has
+            no stored table.
     """
-    table: dict[str, MissingProtocol | None] = {}
+    table: dict[str, Missing | None] = {}
     for kind, ratio in map(parse_pattern, patterns):
+        if kind == TABLE:
+            if stored is None:
+                raise ConfigError(
+                    f"the pattern {TABLE!r} needs a stored table of the split {split!r}; name one "
+                    f"with --missing_table {split}=FILE."
+                )
+            table[TABLE] = stored
+            continue
         protocol = MissingProtocol(kind=kind, ratio=ratio, dataset=dataset, split=split, seed=seed)
         protocol.check_kind(modalities)
         name = pattern_name(kind, ratio)
@@ -146,6 +171,7 @@ def evaluate_conditions(
     split: str = "test",
     seed: int = 0,
     patterns: Sequence[str] | None = None,
+    stored: Missing | None = None,
     num_resamples: int = 500,
     group_of: Mapping[str, str] | None = None,
     keep: Callable[[str, Predictions], None] | None = None,
@@ -163,6 +189,7 @@ def evaluate_conditions(
         split: the split to score.
         seed: seed of the masks.
         patterns: the conditions, in the words of `parse_pattern`, instead of those of `conditions`.
+        stored: a stored table of the split: the condition "table", last of the usual ones.
         num_resamples: of the bootstrap interval; 0 leaves it out.
         group_of: sample id -> its group, resampled as a whole; by default every sample is alone.
         keep: called with each condition and its predictions.
@@ -172,10 +199,12 @@ def evaluate_conditions(
         DataError: a condition leaves no labelled sample.
     """
     key: dict[str, Any] = {"dataset": source.name, "split": split, "seed": seed}
+    table: dict[str, Missing | None]
     if patterns is None:
-        table = conditions(modalities, ratio=ratio, **key)
+        table = {**conditions(modalities, ratio=ratio, **key)}
+        table |= {} if stored is None else {TABLE: stored}
     else:
-        table = chosen_conditions(patterns, modalities=modalities, **key)
+        table = chosen_conditions(patterns, modalities=modalities, stored=stored, **key)
     rows = []
     everything = predict(list(table.values()), split)
     for condition, found in zip(table, everything, strict=True):

@@ -15,12 +15,14 @@ from transformers import TrainerCallback, set_seed
 from launch.cli import Settings
 from launch.interaction_flags import training_interactions
 from launch.scoring import Scorer, train_prior
+from launch.tables import read_tables
 from mm_moe.arguments import FLAG_OF_SETTING, ModelArguments, parse_json
 from mm_moe.batch import base_modality
 from mm_moe.data.collate import Collator
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import DataSource
 from mm_moe.data.streaming import SampleStream
+from mm_moe.data.table import MissingTable
 from mm_moe.errors import ConfigError
 from mm_moe.models.building import build_model
 from mm_moe.models.configuration import MultimodalMoEConfig
@@ -155,23 +157,23 @@ class Run:
     scorer: Scorer
     trainer: MultimodalTrainer = field(init=False)
 
-    def protocol(self, *, kind: str, ratio: float, split: str) -> MissingProtocol:
-        """The missing-modality protocol of one split."""
-        return MissingProtocol(
-            kind=kind,
-            ratio=ratio,
-            seed=self.settings.data.missing_seed,
+    @property
+    def train_missing(self) -> MissingProtocol | MissingTable:
+        """What the samples of the training split lack: by the flags, or by a stored table."""
+        data = self.settings.data
+        protocol = MissingProtocol(
+            kind=data.missing_type,
+            ratio=data.missing_ratio,
+            seed=data.missing_seed,
             dataset=self.source.name,
-            split=split,
+            split=data.train_split,
         )
+        return self.scorer.tables.get(data.train_split, protocol)
 
     def train_collator(self) -> Collator:
-        """The collator of the training split, under the run's own protocol."""
-        data = self.settings.data
-        protocol = self.protocol(
-            kind=data.missing_type, ratio=data.missing_ratio, split=data.train_split
-        )
-        return self.scorer.collator(protocol, interactions=training_interactions(data))
+        """The collator of the training split."""
+        interactions = training_interactions(self.settings.data)
+        return self.scorer.collator(self.train_missing, interactions=interactions)
 
     def train_stream(self, start: int) -> IterableDataset:
         """The endless training stream of this rank, from a global sample position."""
@@ -259,6 +261,7 @@ def prepare_run(
         processors,
         batch_size=settings.training.per_device_eval_batch_size,
         max_bad_samples=settings.data.max_bad_samples,
+        tables=read_tables(settings.data.missing_table, source=source),
     )
     run = Run(settings, source, model, scorer)
     run.initialise_prompt()

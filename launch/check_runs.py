@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 from launch.cli import ProgramParser, RecipeParser, run_program
+from launch.tables import read_tables
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import ConfigError
 
@@ -53,7 +54,9 @@ def check_run(argv: list[str], known: dict[str, dict[str, Any]]) -> dict[str, An
     key = json.dumps([plain[name] for name in ("dataset", "data_dir", "dataset_options")])
     if key not in known:
         known[key] = describe_data(source)
-    return {"arguments": plain, "data": known[key]}
+    tables = read_tables(values.missing_table, source=source)
+    plain["missing_table"] = {split: table.table_hash() for split, table in tables.items()}
+    return {"arguments": plain, "data": {**known[key], "tables": plain["missing_table"]}}
 
 
 def main(argv: list[str]) -> int:

@@ -24,9 +24,11 @@ from eval.report import format_table
 from launch import rescore
 from launch.cli import ProgramParser, run_program
 from launch.scoring import Scorer, train_prior
+from launch.tables import read_tables
 from mm_moe.arguments import dataset_options
 from mm_moe.checkpoint import store
 from mm_moe.data.schema import DataSource
+from mm_moe.data.table import MissingTable
 from mm_moe.errors import CheckpointError, ConfigError
 from mm_moe.models.modeling import MultimodalMoEModel
 from mm_moe.models.processing import processors_for
@@ -60,8 +62,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--patterns",
         nargs="+",
-        help="test conditions: complete, or KIND:RATIO (default: complete, each modality missing, "
-        "and mixed)",
+        help="test conditions: complete, KIND:RATIO or table (default: complete, each modality "
+        "missing, mixed, and a stored table)",
+    )
+    parser.add_argument(
+        "--missing_table",
+        nargs="+",
+        help="stored tables, FILE or SPLIT=FILE, for the condition table (default: the run's)",
     )
     parser.add_argument("--mask_seed", type=int, help="of the test masks (default: the run's)")
     parser.add_argument(
@@ -93,10 +100,10 @@ def find_model(run: Path, checkpoint: str | None) -> Path:
 
 
 def open_data(saved: dict[str, Any], options: argparse.Namespace) -> DataSource:
-    """The data set of a run, with the splits and conditions that are asked for.
+    """The data set of a run, with the splits that are asked for.
 
     Raises:
-        ConfigError: nothing to score against, or a condition that does not fit.
+        ConfigError: nothing to score against.
         DataError: an unknown split, or data that are not in order.
     """
     source: DataSource = DATASETS.resolve(saved["dataset"])(
@@ -107,10 +114,29 @@ def open_data(saved: dict[str, Any], options: argparse.Namespace) -> DataSource:
     for split in options.split:
         if source.check_split(split) in source.unlabelled:
             raise ConfigError(f"split {split!r} cannot be scored: {source.unlabelled[split]}.")
-        chosen_conditions(
-            options.patterns or [], modalities=source.modalities, dataset=source.name, split=split
-        )
     return source
+
+
+def stored_tables(
+    saved: dict[str, Any], options: argparse.Namespace, source: DataSource
+) -> dict[str, MissingTable]:
+    """The stored tables of the splits that are scored, after checking the conditions.
+
+    Raises:
+        ConfigError: a condition that does not fit.
+        DataError: a table that cannot be read or does not fit.
+    """
+    words = options.missing_table or saved.get("missing_table") or []
+    tables = read_tables(words, source=source, only=options.split)
+    for split in options.split:
+        chosen_conditions(
+            options.patterns or [],
+            modalities=source.modalities,
+            dataset=source.name,
+            split=split,
+            stored=tables.get(split),
+        )
+    return tables
 
 
 def main(argv: list[str]) -> int:
@@ -122,6 +148,7 @@ def main(argv: list[str]) -> int:
     options.split = options.split or [saved["test_split"]]
     folder = find_model(options.run, options.checkpoint)
     source = open_data(saved, options)
+    tables = stored_tables(saved, options, source)
     model = MultimodalMoEModel.from_pretrained(folder)
     if torch.cuda.is_available() and not options.use_cpu:
         model.to("cuda")
@@ -131,6 +158,7 @@ def main(argv: list[str]) -> int:
         processors_for(model.config, source=str(folder)),
         batch_size=options.batch_size,
         max_bad_samples=saved["max_bad_samples"],
+        tables=tables,
     )
     prior = train_prior(source, saved["train_split"])
     for split in options.split:

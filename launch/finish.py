@@ -12,12 +12,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from eval.patterns import ConditionScore, scores_document
+from eval.patterns import TABLE, ConditionScore, scores_document
 from eval.report import format_table, write_report
 from launch.assemble import Run
 from launch.cli import ROOT
 from launch.scoring import train_prior
+from launch.tables import describe_tables, mask_keys
 from mm_moe.checkpoint import hub
+from mm_moe.data.table import MissingTable
 from mm_moe.training import runtime
 
 PACKAGES = (
@@ -73,22 +75,23 @@ def next_commands(run: Run, folder: Path, argv: list[str]) -> dict[str, str]:
     return commands
 
 
-def missing_table(run: Run) -> dict[str, Any]:
-    """The training mask in words and as a hash over all ids of the split."""
-    data = run.settings.data
-    protocol = run.protocol(
-        kind=data.missing_type, ratio=data.missing_ratio, split=data.train_split
-    )
-    described = {
+def missing_record(run: Run) -> dict[str, Any]:
+    """The training mask in words and as a hash over all ids of the split, and stored tables."""
+    data, missing = run.settings.data, run.train_missing
+    record: dict[str, Any] = {
         "kind": data.missing_type,
         "ratio": data.missing_ratio,
         "seed": data.missing_seed,
-        "words": protocol.describe(run.source.modalities),
+        "words": missing.describe(run.source.modalities),
     }
-    if run.source.size(data.train_split) is not None:
-        keys = {sample.mask_key: None for sample in run.source.index(data.train_split)}
-        described["mask_sha256"] = protocol.table_hash(list(keys), run.source.modalities)
-    return described
+    if run.scorer.tables:
+        record["tables"] = describe_tables(run.scorer.tables)
+    if isinstance(missing, MissingTable):
+        record |= {"kind": TABLE, "ratio": None, "seed": None, "mask_sha256": missing.table_hash()}
+    elif run.source.size(data.train_split) is not None:
+        keys = mask_keys(run.source, data.train_split)
+        record["mask_sha256"] = missing.table_hash(keys, run.source.modalities)
+    return record
 
 
 def without_flags(argv: list[str], flags: tuple[str, ...]) -> list[str]:
@@ -128,7 +131,7 @@ def write_run_file(run: Run, folder: Path, argv: list[str]) -> None:
             "license": run.source.license,
             "sizes": {split: run.source.size(split) for split in run.source.splits()},
         },
-        "missing": missing_table(run),
+        "missing": missing_record(run),
         "model_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "world_size": run.settings.training.world_size,
         "ep_size": run.settings.moe.ep_size,

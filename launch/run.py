@@ -16,6 +16,7 @@ from launch import checks, interaction_flags, model_flags, moe_flags
 from launch.assemble import Run, for_comparison, prepare_run
 from launch.cli import RecipeParser, Settings
 from launch.finish import finish_run, write_run_file
+from launch.tables import settle_tables
 from mm_moe.checkpoint import hub
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import CheckpointError, ConfigError
@@ -102,11 +103,9 @@ def train_one(
 
 def describe(run: Run, title: str) -> None:
     """Say what is about to be trained."""
-    data, training = run.settings.data, run.settings.training
+    training = run.settings.training
     parts = ", ".join(f"{name} {count:,}" for name, count in run.model.trainable_report())
-    missing = run.protocol(
-        kind=data.missing_type, ratio=data.missing_ratio, split=data.train_split
-    ).describe(run.source.modalities)
+    missing = run.train_missing.describe(run.source.modalities)
     print(f"{title}: trains {parts} parameters")
     print(
         f"  data {run.source.name}, missing: {missing}; {training.world_size} process(es), "
@@ -144,6 +143,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     interaction_flags.check_interactions(values, source)
     resume = checks.resume_point(values)
     checks.check_output(values, resume=resume)
+    settle_tables(values, checks.typed_flags(argv), source)
     settle(values, ep_size, source)
     return source, resume
 

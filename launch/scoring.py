@@ -14,6 +14,7 @@ from eval.patterns import ConditionScore, evaluate_conditions
 from mm_moe.data.collate import Collator, Interactions, Missing
 from mm_moe.data.schema import DataSource
 from mm_moe.data.streaming import SampleStream
+from mm_moe.data.table import MissingTable
 from mm_moe.data.views import ViewCollator, ViewStream
 from mm_moe.moe.layer import couples_samples
 from mm_moe.training import runtime
@@ -32,6 +33,7 @@ class Scorer:
         processors: modality -> function from raw values to tensors.
         batch_size: samples per process and forward pass.
         max_bad_samples: undecodable samples that are borne.
+        tables: split -> stored missing table, scored as one more condition of that split.
         bad_ids: the ids of those, over all ranks.
     """
 
@@ -40,6 +42,7 @@ class Scorer:
     processors: dict[str, Callable[[list[Any]], dict]]
     batch_size: int
     max_bad_samples: int
+    tables: dict[str, MissingTable] = field(default_factory=dict)
     bad_ids: list[str] = field(default_factory=list)
 
     def collator(
@@ -130,6 +133,7 @@ class Scorer:
             split=split,
             seed=seed,
             patterns=patterns,
+            stored=self.tables.get(split),
             num_resamples=num_resamples,
             group_of=group_of,
             keep=keep,

@@ -254,6 +254,14 @@ class DataArguments:
     missing_ratio: float = field(
         default=0.0, metadata={"help": "Share of the samples that lack something."}
     )
+    missing_table: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Stored missing tables, FILE or SPLIT=FILE (ours, or an old .pt): that of the "
+            "training split says what is missing in training, one of a scored split is one more "
+            "condition, 'table'."
+        },
+    )
     missing_seed: int = field(default=0, metadata={"help": "Seed of the missing mask."})
     interaction_table: str | None = field(
         default=None,

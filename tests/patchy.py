@@ -28,7 +28,7 @@ class Patchy(DataSource):
     license = "none"
 
     def splits(self) -> tuple[str, ...]:
-        return ("test",)
+        return ("train", "validation", "test")
 
     def stream(self, split: str) -> datasets.IterableDataset:
         rows = [{"number": number} for number in range(NUM_ROWS)]

@@ -80,6 +80,26 @@ class MissingTable:
         rows = [[bool(self._pattern_of[i] >> bit & 1) for bit in bits] for i in ids]
         return torch.tensor(rows, dtype=torch.bool).reshape(len(ids), len(modalities))
 
+    def check(self, ids: Sequence[str], modalities: Sequence[str], *, what: str) -> None:
+        """Check that the table is over exactly these ids and modalities.
+
+        Args:
+            ids: what the masks of the data are keyed by.
+            modalities: of the data.
+            what: whose ids they are, for the message.
+
+        Raises:
+            DataError: it lacks an id, has one too many, or is over other modalities.
+        """
+        self.present(ids, modalities)
+        extra = sorted(set(self.ids) - set(ids))
+        if extra:
+            raise DataError(
+                f"the missing table has {len(self.ids)} samples, {what} has {len(ids)}; "
+                f"{len(extra)} of the table are not there, first {extra[0]!r}. Was it made for "
+                "another split?"
+            )
+
     def describe(self, modalities: Sequence[str] | None = None) -> str:
         """The table in the words of `MissingProtocol.describe`, counted instead of expected."""
         names = tuple(modalities or self.modalities)

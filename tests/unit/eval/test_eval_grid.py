@@ -18,7 +18,7 @@ import json, sys
 data = {"name": "mm_imdb", "sha256": "00", "license": "", "modalities": ["image", "text"],
         "label_names": ["a", "b"], "problem_type": "single_label_classification",
         "task": "single_label_classification", "unlabelled": {},
-        "splits": {"train": 4, "validation": 4, "test": 4}}
+        "splits": {"train": 4, "validation": 4, "test": 4}, "tables": {}}
 splits = {f"{name}_split": name for name in ("train", "validation", "test")}
 print("a line before")
 print(json.dumps({"runs": [{"arguments": {"words": words, **splits}, "data": data}
@@ -291,3 +291,20 @@ def test_a_grid_that_is_stopped_ends_its_trainings_and_goes_on_later(here, contr
     Path("fakes/train.py").write_text(TRAIN)
     assert run("--seeds", "0") == 0
     assert trained() == ["none both 0", "replay both 0"]
+
+
+def test_a_stored_table_is_a_pattern_where_there_is_one(here, monkeypatch, capsys):
+    tables = ("--train", "table", "--test", "complete", "table", "--seeds", "0")
+    words = ("--prompts", "none", "--output", "out", *tables)
+    with pytest.raises(ConfigError, match="stored table of the split 'train'; name one"):
+        grid.main([*words])
+    text = CHECK.replace('"tables": {}', '"tables": {"train": "aa", "validation": "bb"}')
+    (here / "fakes" / "check_runs.py").write_text(text)
+    with pytest.raises(ConfigError, match="stored table of the split 'test'; name one"):
+        grid.main([*words])
+    with pytest.raises(ConfigError, match=r"--train can only be table, not both:0\.7; drop one"):
+        grid.main([*WORDS, *TESTS])
+    text = CHECK.replace('"tables": {}', '"tables": {"train": "", "validation": "", "test": ""}')
+    (here / "fakes" / "check_runs.py").write_text(text)
+    assert grid.main([*words, "--dry_run"]) == 0
+    assert "table: what the stored table of the split says" in capsys.readouterr().out
