@@ -2,6 +2,8 @@
 
 Afterwards `--dataset NAME --data_dir DIR` streams it. Bad rows (no label, a missing file, an image
 that does not decode, NaN, ...) are counted, named and listed in `DIR/quarantine.jsonl`.
+
+`prepare_data.py interactions` makes something of a data set instead, see its --help.
 """
 
 from __future__ import annotations
@@ -9,11 +11,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from launch import prepare_interactions
 from launch.cli import ProgramParser, run_program
 from mm_moe.arguments import parse_json
 from mm_moe.data.prepare.write import QUARANTINE, check_target, prepare
 from mm_moe.errors import ConfigError
 from mm_moe.registry import RAW_DATASETS
+
+INTERACTIONS = "interactions"
 
 
 def parser() -> ProgramParser:
@@ -50,6 +55,8 @@ def report(info: dict[str, Any], output: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Check, write, tell."""
+    if argv[:1] == [INTERACTIONS]:
+        return prepare_interactions.main(argv[1:])
     options = parser().parse_args(argv)
     adapter = RAW_DATASETS.resolve(options.name)
     own = parse_json("options", options.options)

@@ -1,0 +1,166 @@
+"""The program that categorises: own predictors, published files, what it writes and refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from launch import prepare_data
+from mm_moe.data.interactions.published import PublishedFolder, labels_name, split_name
+from mm_moe.data.interactions.table import InteractionTable
+from mm_moe.data.sets.prepared import MmsdData
+from mm_moe.errors import ConfigError, DataError
+from tests import raw_layouts
+from tests.raw_layouts import put_json
+
+
+@pytest.fixture
+def mmsd(tmp_path):
+    """MMSD's fixture, prepared: 6, 3 and 4 rows, labels 0 1 0 1 ..."""
+    raw = raw_layouts.mmsd(tmp_path / "raw")
+    out = tmp_path / "mmsd"
+    assert prepare_data.main(["mmsd", "--source", str(raw), "--output", str(out)]) == 0
+    return out
+
+
+def flags(mmsd, *words):
+    return [
+        *("interactions", "--dataset", "mmsd", "--data_dir", str(mmsd), "--use_cpu"),
+        *("--output", str(mmsd.parent / "table"), *words),
+    ]
+
+
+def run(mmsd, *words):
+    assert prepare_data.main(flags(mmsd, *words)) == 0
+    return InteractionTable.load(mmsd.parent / "table" / "interactions.parquet")
+
+
+def said(yes, label, pred):
+    return {"logits": {"Yes": yes, "No": 1 - yes}, "gth": label, "pred": pred}
+
+
+def score_files(folder, *, ids, labels, image, text):
+    for modality, yes in (("image", image), ("text", text)):
+        rows = {key: said(p, y, int(p > 0.5)) for key, p, y in zip(ids, yes, labels, strict=True)}
+        path = folder / "mmsd_data" / "data_gen_output" / labels_name("mmsd", modality)
+        put_json(path, rows)
+    return folder
+
+
+def published(tmp_path, **changes):
+    ids = [str(801 + n) for n in range(13)]
+    labels = [0, 1, 0, 1, 0, 1, 0, 1, 0, 0, 1, 0, 1]
+    parts = {"image": [0.9] * 13, "text": [0.1, 0.9] * 6 + [0.1]}
+    return score_files(tmp_path / "scores", ids=ids, labels=labels, **parts | changes)
+
+
+def test_published_files_become_a_table_and_go_back(mmsd, tmp_path, capsys):
+    folder = published(tmp_path)
+    raw = tmp_path / "raw" / "mmsd_data" / "data_raw"
+    words = ["--labeller", "files", "--published", str(folder), "--write_published"]
+    table = run(mmsd, *words, "--raw", str(raw))
+    assert table.modalities == ("image", "text")
+    # images always say yes; texts follow 0 1 0 1 over all 13 rows, right in train and validation
+    names = ["none" if code < 0 else table.names[code] for code in table.code_N]
+    assert names[:9] == ["U_text", "R"] * 3 + ["U_text", "R", "U_text"]
+    assert names[9:] == ["AS", "U_image", "AS", "U_image"]
+    written = PublishedFolder(tmp_path / "table", "mmsd")
+    assert written.split_ids("test") == {"810": "AS", "811": "U", "812": "AS", "813": "U"}
+    path = tmp_path / "table/mmsd_data/data_split_output" / split_name("mmsd", "R", "train")
+    assert json.loads(path.read_text())["802"] == {"text": "words of 802 # tag", "label": 1}
+    assert written.labels("text").score_N2 == pytest.approx(
+        PublishedFolder(folder, "mmsd").labels("text").score_N2
+    )
+    report = json.loads((tmp_path / "table" / "report.json").read_text())
+    assert report["splits"]["test"]["categories"]["AS"] == {
+        **{"rows": 2, "share": 0.5, "positive": 0.0}
+    }
+    output = capsys.readouterr().out
+    assert "test: 4 rows, largest class 50.0%, image alone 50.0%, text alone 0.0%" in output
+    assert "a category contains the label" in output
+
+
+def test_the_paper_rule_on_the_same_files(mmsd, tmp_path):
+    folder = published(tmp_path)
+    words = ["--labeller", "files", "--published", str(folder), "--mode", "paper"]
+    table = run(mmsd, *words)
+    # of 6 images that all say yes, floor(.8 x 6) = 4 may: ties go to the earlier rows
+    assert table.predictions["image"].tolist() == [1] * 4 + [0, 0] + [1] * 7
+    assert table.origin["rules"]["image"]["gap"] == "ratio"
+
+
+def test_own_predictors_cover_every_row(mmsd, capsys):
+    words = ["--backbone", "small_clip", "--pretrained", "none", "--tokenizer", "builtin"]
+    config = json.dumps({"patch_size": 16, "num_blocks": 1, "width": 16, "num_heads": 2})
+    words += ["--backbone_config", config, "--folds", "3", "--write_published"]
+    table = run(mmsd, *words)
+    assert (table.code_N >= 0).all()
+    assert table.splits == ("train",) * 6 + ("validation",) * 3 + ("test",) * 4
+    for name in ("image", "text"):
+        assert table.probabilities[name].sum(-1) == pytest.approx(np.ones(13))
+        assert table.origin["heads"][name]["strength"] in (1e-3, 1e-2, 1e-1, 1.0)
+    again = run(mmsd, *words, "--overwrite")
+    assert again.soft_NQ.tolist() == table.soft_NQ.tolist()
+    with pytest.raises(ConfigError, match="holds an interaction table already"):
+        run(mmsd, *words)
+
+
+def test_a_row_without_scores_has_no_category(mmsd, tmp_path):
+    folder = published(tmp_path)
+    path = folder / "mmsd_data" / "data_gen_output" / labels_name("mmsd", "image")
+    rows = json.loads(path.read_text())
+    del rows["802"]
+    put_json(path, rows)
+    table = run(mmsd, "--labeller", "files", "--published", str(folder))
+    assert table.code_N[1] == -1
+    assert np.isnan(table.soft_NQ[1]).all()
+    assert table.origin["not_in_the_files"]["image, train"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--labeller", "onw"], "'onw' is unknown; did you mean own"),
+        (["--labeller", "own", "--mode", "stored"], "--mode stored is for --labeller files"),
+        (["--labeller", "files"], "needs --published DIR, or --labels"),
+        (["--labeller", "files", "--labels", "image=x"], "must name each of image, text once"),
+        (["--labeller", "endpoint"], "needs --url and --served_model"),
+        (["--labeller", "transformers"], "needs --image_model DIR for image"),
+        (["--answers", "yes"], "1 words, the data set 2 classes"),
+        (["--splits", "test"], "is fitted on the split 'train'"),
+        (["--batch_size", "0"], "--batch_size 0 must be at least 1"),
+        (["--folds", "9"], r"--folds 9 must lie from 2 to the number of training rows \(6\)"),
+    ],
+)
+def test_settings_that_cannot_work(mmsd, words, message):
+    if "--answers" in words:
+        words = [*words, "--labeller", "transformers"]
+    with pytest.raises(ConfigError, match=message):
+        prepare_data.main(flags(mmsd, *words))
+    assert not (mmsd.parent / "table").exists()
+
+
+def test_scores_of_other_data_are_refused(mmsd, tmp_path):
+    folder = published(tmp_path)
+    base = ["--labeller", "files", "--published", str(folder)]
+    path = folder / "mmsd_data" / "data_gen_output" / labels_name("mmsd", "text")
+    rows = json.loads(path.read_text())
+    put_json(path, rows | {"801": said(0.2, 1, 0)})
+    with pytest.raises(DataError, match=r"another label \(gth\) than .* 1 samples, first '801'"):
+        run(mmsd, *base)
+    put_json(path, {f"x{key}": row for key, row in rows.items()})
+    with pytest.raises(DataError, match="none of the data set's ids: it has '801'"):
+        run(mmsd, *base)
+
+
+def test_one_modality_alone_has_no_categories(tmp_path):
+    raw, out = raw_layouts.mustard_original(tmp_path / "raw"), str(tmp_path / "out")
+    words = ["--source", str(raw), "--output", out, "--options", '{"context": false}']
+    assert prepare_data.main(["mustard", *words]) == 0
+    words = ["--dataset", "mustard", "--data_dir", out, "--output", str(tmp_path / "table")]
+    with pytest.raises(ConfigError, match="'mustard' has text alone; categories need two"):
+        prepare_data.main(["interactions", *words])
+
+
+def test_the_fixture_is_what_the_tests_say(mmsd):
+    assert [s.label for s in MmsdData(str(mmsd)).index("train")] == [0, 1, 0, 1, 0, 1]
