@@ -53,7 +53,7 @@ def score_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def difference_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Answers minus each reference with an interval, and McNemar's p; the header first."""
-    references = list(dict.fromkeys(name for row in rows for name in row["against"]))
+    references = [r["name"] for r in rows if any(r["name"] in row["against"] for row in rows)]
     if not references:
         return []
     heads = [[f"minus {name}", "McNemar p"] for name in references]

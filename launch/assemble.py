@@ -28,6 +28,7 @@ from mm_moe.models.building import build_model
 from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.models.modeling import MultimodalMoEModel
 from mm_moe.models.processing import processors_for, save_processors
+from mm_moe.models.take_head import take_head
 from mm_moe.moe.parallel import make_expert_parallel
 from mm_moe.registry import BACKBONES, OBJECTIVES
 from mm_moe.training import runtime
@@ -107,6 +108,8 @@ def dense_model(settings: Settings, config: MultimodalMoEConfig) -> MultimodalMo
     """A single-process model with all experts, the same on every rank."""
     set_seed(settings.training.seed)
     model = build_model(config, pretrained=settings.model.pretrained)
+    if settings.model.keep_head:
+        take_head(model, str(settings.model.pretrained))
     model.freeze(
         lock=locked_towers(settings.model, model.modalities),
         unlock_blocks=settings.model.unlock_blocks,

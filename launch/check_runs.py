@@ -18,6 +18,11 @@ from launch.tables import read_tables
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import ConfigError
 
+DATA_FLAGS = (  # what decides on the data that a run sees
+    *("dataset", "data_dir", "dataset_options", "train_split"),
+    *("interaction_table", "interaction_subset", "reject_class", "interaction_target"),
+)
+
 
 def describe_data(source: DataSource) -> dict[str, Any]:
     """What a table about a data set has to know of it."""
@@ -51,7 +56,7 @@ def check_run(argv: list[str], known: dict[str, dict[str, Any]]) -> dict[str, An
     source, _ = run.check(values, argv)
     plain["deepspeed"] = values.deepspeed  # its content, not its path
     del plain["hub_token"]
-    key = json.dumps([plain[name] for name in ("dataset", "data_dir", "dataset_options")])
+    key = json.dumps([plain[name] for name in DATA_FLAGS])
     if key not in known:
         known[key] = describe_data(source)
     tables = read_tables(values.missing_table, source=source)

@@ -21,6 +21,7 @@ import torch
 from eval.patterns import chosen_conditions, scores_document
 from eval.predictions import PredictionFile
 from eval.report import format_table
+from finetune.interaction_view import view_of
 from launch import rescore
 from launch.cli import ProgramParser, run_program
 from launch.scoring import Scorer, train_prior
@@ -109,6 +110,7 @@ def open_data(saved: dict[str, Any], options: argparse.Namespace) -> DataSource:
     source: DataSource = DATASETS.resolve(saved["dataset"])(
         options.data_dir or saved["data_dir"], **dataset_options(saved)
     )
+    source = view_of(source, saved)
     if source.problem_type == "none":
         raise ConfigError(f"data set {source.name!r} has no labels to score against.")
     for split in options.split:

@@ -24,6 +24,10 @@ def settle_model(values: argparse.Namespace, argv: list[str]) -> None:
         raise ConfigError(f"--lora_r {values.lora_r} must be at least 0; 0 is none.")
     if values.lora_r:
         LoraSettings(values.lora_r, values.lora_alpha, values.lora_dropout, values.lora_target)
+    if values.keep_head and (values.pretrained or "none").lower() == "none":
+        raise ConfigError(
+            "--keep_head true needs --pretrained FOLDER, the model whose head is to be taken."
+        )
     if not values.model:
         return
     from mm_moe.backbones.openclip import model_fields  # needed by this flag alone

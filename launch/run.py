@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from finetune.interaction_view import view_of
 from launch import checks, interaction_flags, model_flags, moe_flags
 from launch.assemble import Run, for_comparison, prepare_run
 from launch.cli import RecipeParser, Settings
@@ -141,6 +142,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     moe_flags.check_backend(values, ep_size=ep_size)
     source = checks.open_source(values)
     interaction_flags.check_interactions(values, source)
+    source = view_of(source, vars(values))
     resume = checks.resume_point(values)
     checks.check_output(values, resume=resume)
     settle_tables(values, checks.typed_flags(argv), source)

@@ -101,6 +101,12 @@ class ModelArguments:
             "that of the pretrained weights."
         },
     )
+    keep_head: bool = field(
+        default=False,
+        metadata={
+            "help": "With --pretrained a model of this library: take its head, too, class by class."
+        },
+    )
     feature_norm: bool = field(
         default=True,
         metadata={"help": "Bring each feature to mean 0 and variance 1 before the head."},
@@ -275,6 +281,24 @@ class DataArguments:
             "help": "What of the table a batch carries: coarse (R, U, AS, DS), fine (U by "
             "modality), or the weights coarse_soft or fine_soft."
         },
+    )
+    interaction_subset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train an expert for one category of the table: R, U, AS, DS, or U_<modality>; "
+            "on its rows alone."
+        },
+    )
+    reject_class: bool = field(
+        default=False,
+        metadata={
+            "help": "With interaction_subset: train on all rows, those of other categories with a "
+            "class of their own."
+        },
+    )
+    interaction_target: bool = field(
+        default=False,
+        metadata={"help": "Train a fuser: the labels are the categories of the table."},
     )
     max_bad_samples: int = field(
         default=100, metadata={"help": "Undecodable samples after which the run stops."}
