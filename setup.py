@@ -44,6 +44,7 @@ REQUIREMENTS = [
     "pyyaml>=6.0.2",
     "ninja>=1.11",  # DeepSpeed compiles its operators with it
     "scikit-learn>=1.7",
+    "scipy>=1.13",
     "matplotlib>=3.10",
     "jinja2>=3.1.4",
     "tqdm>=4.67",

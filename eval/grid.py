@@ -28,8 +28,16 @@ from typing import Any, NoReturn
 from eval import grid_plan
 from eval.grid_cells import Runner, alone_in, check_runs, describe, write_json
 from eval.grid_plan import Cell, Method
-from eval.grid_report import align, comparison_table, published_for, select, wide_table, write_page
-from eval.grid_table import Comparison, Records, finished, table
+from eval.grid_report import (
+    align,
+    comparison_table,
+    pair_table,
+    published_for,
+    select,
+    wide_table,
+    write_page,
+)
+from eval.grid_table import MEAN_MISSING, Comparison, Records, finished, table
 from eval.metrics import headline
 from mm_moe.errors import ConfigError, MMMoEError
 
@@ -215,6 +223,7 @@ class Grid:
             "reference": self.reference,
             "resamples": options.resamples,
             "comparisons": comparison.run(records, reference=self.reference),
+            "pairs": comparison.every_pair(records),
             "published": published_for(self.data, metric=metric),
         }
 
@@ -238,6 +247,10 @@ def show(result: dict[str, Any]) -> None:
     if result["comparisons"]:
         print(f"\ndifference from {result['reference']}, paired bootstrap over samples, 95%")
         print(align(comparison_table(result["comparisons"])))
+    if result["pairs"]:
+        train = result["pairs"][0]["train"]  # over all training patterns, if there are several
+        print(f"\n{MEAN_MISSING}, trained on {train}: every method against every other, 95%")
+        print(align(pair_table(select(result["pairs"], train=train))))
 
 
 def main(argv: list[str]) -> int:

@@ -72,6 +72,20 @@ def comparison_table(rows: Rows) -> list[list[str]]:
     return lines
 
 
+def pair_table(rows: Rows) -> list[list[str]]:
+    """Every method minus every other: the difference with both intervals, the header first."""
+    lines = [["difference", "trained on", "mean", "over samples", "over seeds", "seeds"]]
+    for row in rows:
+        mean, over_samples = difference_text(row).split(" ", 1)
+        over_seeds = "-"
+        if row["seeds_low"] is not None:
+            spread = {"low": row["seeds_low"], "high": row["seeds_high"]}
+            over_seeds = difference_text({**row, **spread}).split(" ", 1)[1]
+        name = f"{row['method']} - {row['other']}"
+        lines.append([name, row["train"], mean, over_samples, over_seeds, str(len(row["seeds"]))])
+    return lines
+
+
 def align(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells as plain text, the first column to the left."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -188,6 +202,7 @@ def write_page(folder: Path, result: Mapping[str, Any]) -> Path:
             if name != metric
         },
         comparisons=comparison_table(result["comparisons"]) if result["comparisons"] else [],
+        pairs=pair_table(result["pairs"]) if result["pairs"] else [],
         published=[
             {**table, "lines": beside_ours(table, test_rows)} for table in result["published"]
         ],

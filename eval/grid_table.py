@@ -5,6 +5,8 @@ N labelled test rows, R resamples, C labels.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from eval.grid_plan import Cell
 from eval.metrics import resampled
 from eval.patterns import COMPLETE
 from eval.predictions import PredictionFile
-from eval.resamples import draw_groups, interval_of
+from eval.resamples import draw_groups, interval_of, over_seeds
 from mm_moe.errors import DataError
 
 Records = Mapping[Cell, Mapping[str, Any]]
@@ -115,6 +117,14 @@ def _columns(tests: Sequence[str]) -> dict[str, list[str]]:
     return columns | ({MEAN_MISSING: missing} if len(missing) > 1 else {})
 
 
+def _by_method_and_train(records: Records) -> dict[tuple[str, str], dict[int, Cell]]:
+    """(method, training pattern) -> seed -> finished cell."""
+    groups: dict[tuple[str, str], dict[int, Cell]] = {}
+    for cell in finished(records):
+        groups.setdefault((cell.method.name, cell.train), {})[cell.seed] = cell
+    return groups
+
+
 def _scores(document: Mapping[str, Any]) -> Mapping[str, Mapping[str, float]]:
     """The scores of the one model in a document of `launch/evaluate_run.py`."""
     return next(iter(document["models"].values()))
@@ -143,7 +153,8 @@ class Comparison:
     metric: str
     num_resamples: int = 1000
     seed: int = 0
-    _known: dict[Cell, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    _known: dict[Cell, tuple[str, np.ndarray]] = field(default_factory=dict)
+    _draws: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
     def run(self, records: Records, *, reference: str) -> list[dict[str, Any]]:
         """Each method minus the reference, by training and test pattern.
@@ -155,9 +166,7 @@ class Comparison:
         Raises:
             DataError: two models were scored on different samples.
         """
-        groups: dict[tuple[str, str], dict[int, Cell]] = {}
-        for cell in finished(records):
-            groups.setdefault((cell.method.name, cell.train), {})[cell.seed] = cell
+        groups = _by_method_and_train(records)
         rows: list[dict[str, Any]] = []
         missing: dict[str, list[np.ndarray]] = {}  # method -> (1 + R,) of each training pattern
         for (method, train), cells in groups.items():
@@ -186,25 +195,77 @@ class Comparison:
                 )
         return rows
 
+    def every_pair(self, records: Records) -> list[dict[str, Any]]:
+        """Each method minus each earlier one, on average over the tests that lack something.
+
+        Returns:
+            Rows {"method", "other", "train", "test", "metric", "seeds", "values", "difference",
+            "low", "high", "p", "seeds_low", "seeds_high"}: a difference for each seed that both
+            methods have ("values"), their mean with its interval over samples (as in `run`), and
+            with the one over seeds (`over_seeds`; None for one seed). With several training
+            patterns, rows of `ALL_TRAINS` average over them and come first.
+
+        Raises:
+            DataError: as `run`.
+        """
+        groups = _by_method_and_train(records)
+        missing = [at for at, test in enumerate(self.tests) if test != COMPLETE]
+        trains = list(dict.fromkeys(train for _, train in groups))
+        methods = list(dict.fromkeys(method for method, _ in groups))
+        common: list[dict[str, Any]] = []
+        single: list[dict[str, Any]] = []
+        for other, method in itertools.combinations(methods, 2) if missing else ():
+            of_train: dict[str, dict[int, np.ndarray]] = {}
+            for train in trains:
+                ours, theirs = (groups.get((name, train), {}) for name in (method, other))
+                of_train[train] = {
+                    seed: self._difference(ours[seed], theirs[seed])[missing].mean(0)
+                    for seed in sorted(set(ours) & set(theirs))
+                }
+            seeds = sorted(set.intersection(*map(set, of_train.values())))
+            mean = {seed: np.mean([of_train[t][seed] for t in trains], axis=0) for seed in seeds}
+            if len(trains) > 1:
+                common += self._pair(method, other, ALL_TRAINS, mean)
+            for train, by_seed in of_train.items():
+                single += self._pair(method, other, train, by_seed)
+        return common + single
+
+    def _pair(
+        self, method: str, other: str, train: str, by_seed: Mapping[int, np.ndarray]
+    ) -> list[dict[str, Any]]:
+        """A row of `every_pair`, from (1 + R,) differences of each seed; none without a seed."""
+        if not by_seed:
+            return []
+        values = [float(difference[0]) for difference in by_seed.values()]
+        low, high = over_seeds(values) or (None, None)
+        return [
+            {"method": method, "other": other, "train": train, "test": MEAN_MISSING}
+            | {"metric": self.metric, "seeds": list(by_seed), "values": values}
+            | interval_of(np.mean(list(by_seed.values()), axis=0))
+            | {"seeds_low": low, "seeds_high": high}
+        ]
+
     def _difference(self, cell: Cell, other: Cell) -> np.ndarray:
         """Differences (tests, 1 + R) of two cells: on all rows, and on every resample."""
         (our_rows, ours), (their_rows, theirs) = self._values(cell), self._values(other)
-        if not np.array_equal(our_rows, their_rows):
+        if our_rows != their_rows:
             raise DataError(
                 f"cells {cell.folder_name!r} and {other.folder_name!r} were scored on different "
                 "samples or groups of them; remove their folders and run the grid again."
             )
         return ours - theirs
 
-    def _values(self, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and groups (2, N), and values (tests, 1 + R) of one cell, resampled once."""
+    def _values(self, cell: Cell) -> tuple[str, np.ndarray]:
+        """Hash of ids and groups, and values (tests, 1 + R) of one cell, resampled once."""
         if cell not in self._known:
             run = self.folder / "cells" / cell.folder_name / "run"
             file = PredictionFile.load(run / f"predictions-{self.data['test_split']}.npz")
-            draws = {"num_resamples": self.num_resamples, "seed": self.seed}
-            rows = list(draw_groups(file.groups, **draws))
-            values = [self._resampled(file, test, rows) for test in self.tests]
-            self._known[cell] = (np.stack([file.ids, file.groups]), np.array(values))
+            name = hashlib.sha256(file.ids.tobytes() + file.groups.tobytes()).hexdigest()
+            if name not in self._draws:  # of all cells the same
+                draws = {"num_resamples": self.num_resamples, "seed": self.seed}
+                self._draws[name] = list(draw_groups(file.groups, **draws))
+            values = [self._resampled(file, test, self._draws[name]) for test in self.tests]
+            self._known[cell] = (name, np.array(values))
         return self._known[cell]
 
     def _resampled(self, file: PredictionFile, test: str, rows: list[np.ndarray]) -> np.ndarray:

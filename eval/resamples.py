@@ -1,13 +1,15 @@
-"""Bootstrap over samples, in whole groups, and what an interval of it says.
+"""Intervals over samples (bootstrap, in whole groups) and over seeds.
 
 N rows, R resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from scipy import stats
 
 LEVEL = 0.95
 
@@ -46,3 +48,16 @@ def interval_of(values: np.ndarray) -> dict[str, float]:
     fewer = min(int((resamples <= 0).sum()), int((resamples >= 0).sum()))
     p = min(1.0, 2 * (fewer + 1) / (len(resamples) + 1))
     return {"difference": float(values[0]), "low": float(low), "high": float(high), "p": p}
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float] | None:
+    """Interval of the mean of one value per seed, by Student's t; None for a single seed.
+
+    It speaks about further trainings scored on the same samples. With so few values a bootstrap
+    would be too narrow: of two it knows three means.
+    """
+    if len(values) < 2:
+        return None
+    mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
+    return mean - half, mean + half

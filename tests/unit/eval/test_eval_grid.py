@@ -121,9 +121,16 @@ def test_numbers_of_a_small_grid(here, capsys):
     assert (difference["method"], difference["reference"]) == ("replay", "none")
     assert difference["difference"] == pytest.approx(0.375)
     assert difference["low"] == pytest.approx(0.0, abs=0.1)  # a resample of class 0 alone
+    (pair,) = result["pairs"]
+    assert (pair["method"], pair["other"], pair["train"]) == ("replay", "none", "both:0.7")
+    assert pair["values"] == [0.25, 0.0]  # 3/4 and 1/2, minus 1/2
+    # mean 1/8, standard error 1/8, and 12.706 of it on either side with one degree of freedom
+    assert pair["seeds_high"] == pytest.approx(0.125 * 13.706, rel=1e-4)
+    assert "replay - none" in said
     assert {one["split"] for one in result["table"]} == {"validation", "test"}
     page = Path("out/report.html").read_text()
     assert "87.5 ± 17.7" in page
+    assert "[-146.3, +171.3]" in page
     assert page.count("data:image/png;base64,") == 2
     assert 'src="http' not in page
     assert Path("out/trained-on-both-0.7-tested-on-text.png").exists()
@@ -170,6 +177,10 @@ def test_several_training_patterns_have_a_common_mean(here):
     assert (mean["test"], mean["seeds"]) == ("mean of the missing", [0, 1])
     assert mean["values"] == [0.75, 0.5]  # the fakes learn the same from every pattern
     assert row(result["comparisons"], **wanted)["difference"] == pytest.approx(0.125)
+    trains = [pair["train"] for pair in result["pairs"]]
+    assert trains == ["all patterns", "both:0.7", "complete"]
+    assert result["pairs"][0]["values"] == [0.25, 0.0]
+    assert result["pairs"][0]["difference"] == pytest.approx(0.125)
     assert len(list(Path("out").glob("*.png"))) == 4  # none for the mean
 
 

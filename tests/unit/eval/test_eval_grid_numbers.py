@@ -10,7 +10,7 @@ from eval.grid_report import PUBLISHED, beside_ours, published_for
 from eval.metrics import resampled
 from eval.patterns import chosen_conditions, parse_pattern, pattern_name
 from eval.predictions import PredictionFile
-from eval.resamples import draw_groups, interval_of
+from eval.resamples import draw_groups, interval_of, over_seeds
 from mm_moe.batch import IGNORED_LABEL
 from mm_moe.errors import ConfigError, DataError
 from mm_moe.training.predict import Predictions
@@ -23,6 +23,13 @@ def test_interval_by_hand():
     assert found["p"] == pytest.approx(2 / 11)
     assert found["low"] == pytest.approx(0.1 + 0.025 * 0.9)
     assert interval_of(np.zeros(5))["p"] == 1  # equal models differ by nothing
+
+
+def test_interval_over_seeds_by_hand():
+    # mean 2, standard error 1 / sqrt(3), and 4.303 of it on either side with two degrees of freedom
+    assert over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.484, 2 + 2.484), abs=1e-3)
+    assert over_seeds([0.5, 0.5]) == (0.5, 0.5)
+    assert over_seeds([0.5]) is None
 
 
 def test_resampled_metrics_are_those_of_scikit_learn():
