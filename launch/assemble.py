@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from launch.cli import Settings
+from launch.interaction_experts import interaction_fields
 from launch.interaction_flags import training_interactions
 from launch.scoring import Scorer, train_prior
 from launch.tables import read_tables
@@ -73,6 +74,7 @@ def model_config(settings: Settings, source: DataSource, *, prompt: str) -> Mult
         feature_norm=settings.model.feature_norm,
         upcycle_noise=settings.moe.upcycle_noise,
         upcycle_drop=settings.moe.upcycle_drop,
+        interaction_experts=interaction_fields(settings.moe),
         **label_fields(source),
     )
 

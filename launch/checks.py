@@ -45,7 +45,13 @@ def check_json(values: argparse.Namespace) -> None:
     Raises:
         ConfigError: names flag, line and column.
     """
-    for flag in ("backbone_config", "moe_config", "prompt_config", "dataset_options"):
+    for flag in (
+        "backbone_config",
+        "moe_config",
+        "prompt_config",
+        "dataset_options",
+        "interaction_config",
+    ):
         parse_json(flag, getattr(values, flag))
 
 

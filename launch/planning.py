@@ -19,6 +19,7 @@ from mm_moe.batch import TEXT, base_modality
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import ConfigError
+from mm_moe.models.interaction_head import InteractionHead
 from mm_moe.models.modeling import MultimodalMoEModel
 from mm_moe.moe.layer import MoELayer
 from mm_moe.registry import BACKBONES, OBJECTIVES
@@ -305,6 +306,10 @@ class Planner:
                             recomputed=bool(every) and block % every == 0,
                         )
                     )
+        head = self.model.head
+        if isinstance(head, InteractionHead):
+            rows, hidden = samples * len(head.kinds), hidden_of(head.layer)
+            found.append(exchange.SparseLayer(rows, head.layer.width, hidden, 1, recomputed=False))
         return found
 
     def _tokens(self, samples: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from finetune.interaction_view import view_of
-from launch import checks, interaction_flags, model_flags, moe_flags
+from launch import checks, interaction_experts, interaction_flags, model_flags, moe_flags
 from launch.assemble import Run, for_comparison, prepare_run
 from launch.cli import RecipeParser, Settings
 from launch.finish import finish_run, write_run_file
@@ -131,6 +131,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
         The data set and the verified checkpoint to resume from, if any.
     """
     model_flags.settle_model(values, argv)
+    interaction_experts.settle_interaction_experts(values, argv)
     checks.check_names(values)
     checks.check_json(values)
     checks.in_range(values)
@@ -143,6 +144,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     source = checks.open_source(values)
     interaction_flags.check_interactions(values, source)
     source = view_of(source, vars(values))
+    ep_size = interaction_experts.interaction_layout(values, source, ep_size=ep_size)
     resume = checks.resume_point(values)
     checks.check_output(values, resume=resume)
     settle_tables(values, checks.typed_flags(argv), source)

@@ -208,6 +208,15 @@ class MoEArguments:
         default=0,
         metadata={"help": "Processes that share one set of experts; 0: the largest within a node."},
     )
+    interaction_experts: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the head be a mixture of experts for redundancy, uniqueness and synergy."
+        },
+    )
+    interaction_config: str | None = field(
+        default=None, metadata={"help": "JSON object with settings of the interaction experts."}
+    )
     moe_backend: str = field(
         default="ours",
         metadata={"help": "ours, or deepspeed: its own layer, which can do less (see the limits)."},

@@ -127,6 +127,7 @@ DATASETS = Registry(
         "mmsd": "mm_moe.data.sets.prepared:MmsdData",
         "mustard": "mm_moe.data.sets.prepared:MustardData",
         "urfunny": "mm_moe.data.sets.prepared:UrfunnyData",
+        "interaction_dial": "mm_moe.data.sets.interaction_dial:InteractionDialData",
     },
 )
 RAW_DATASETS = Registry(
@@ -151,6 +152,7 @@ OBJECTIVES = Registry(
         "supervised": "finetune.supervised:Supervised",
         "soft_bce": "finetune.soft_targets:SoftBce",
         "soft_cross_entropy": "finetune.soft_targets:SoftCrossEntropy",
+        "interaction": "finetune.interaction:Interaction",
         "contrastive": "pretrain.contrastive:Contrastive",
     },
 )

@@ -13,6 +13,7 @@ from mm_moe.batch import IMAGE, TEXT
 from mm_moe.errors import ConfigError
 from mm_moe.models.adapters import LoraSettings
 from mm_moe.models.fusion import FusionSettings
+from mm_moe.models.interaction_settings import InteractionSettings
 from mm_moe.moe.settings import MoESettings
 from mm_moe.registry import BACKBONES, PROMPTS, nearest
 
@@ -67,6 +68,8 @@ class MultimodalMoEConfig(PreTrainedConfig):
         fusion_rank: factors of the low-rank tensor.
         fusion_size: width of what the low-rank tensor gives.
         head_hidden_size: width of a hidden layer (ReLU) in the head; 0: one linear layer.
+        interaction_experts: fields of `InteractionSettings` for a head of interaction experts, or
+            None for a head that is one classifier.
 
     `num_labels` is 0 for a model without a head, which has a `logit_scale` instead (contrastive
     pretraining).
@@ -92,6 +95,7 @@ class MultimodalMoEConfig(PreTrainedConfig):
     fusion_rank: int = 40
     fusion_size: int = 120
     head_hidden_size: int = 0
+    interaction_experts: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check names and numbers; sort the labels out.
@@ -104,6 +108,8 @@ class MultimodalMoEConfig(PreTrainedConfig):
         PROMPTS.check(self.prompt)
         self._check_sparse()
         self.fusion_settings  # noqa: B018 (checks the numbers)
+        if self.interaction_settings is not None:
+            self.interaction_experts = self.interaction_settings.asdict()
         if self.lora is not None:
             self.lora = LoraSettings.from_dict(self.lora).asdict()
         self.modalities = list(self.modalities)
@@ -118,6 +124,18 @@ class MultimodalMoEConfig(PreTrainedConfig):
             self.id2label = dict(enumerate(self.label_names))
             self.label2id = {name: index for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
+
+    @property
+    def interaction_settings(self) -> InteractionSettings | None:
+        """The interaction experts, if the model has any."""
+        if self.interaction_experts is None:
+            return None
+        if self.head_hidden_size:
+            raise ConfigError(
+                f"head_hidden_size ({self.head_hidden_size}) is for a head that is one classifier; "
+                "interaction experts have a hidden layer each. Set it to 0."
+            )
+        return InteractionSettings.from_dict(self.interaction_experts)
 
     @property
     def fusion_settings(self) -> FusionSettings:

@@ -19,6 +19,7 @@ from mm_moe.models.adapters import LoraSettings, add_lora, merge_lora
 from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.models.fusion import Head, new_head
 from mm_moe.models.generation import check_generates, generated_rows, generated_tokens
+from mm_moe.models.interaction_head import LAYER_NAME, InteractionHead
 from mm_moe.models.loading import check_loaded
 from mm_moe.models.output import MultimodalMoEOutput, mean_router_losses
 from mm_moe.models.prompt_start import anchors, first_tokens, new_prompt
@@ -68,10 +69,7 @@ class MultimodalMoEModel(PreTrainedModel):
         self.prompt = new_prompt(config, dict(self._towers()))
         check_generates(self.prompt, backbone)
         self.anchor_prompt()
-        self.head: Head | None = None
-        if config.num_labels:
-            widths = [backbone.feature_width(name) for name in modalities]
-            self.head = new_head(widths, config.num_labels, config.fusion_settings)
+        self.head = self._new_head(config.num_labels) if config.num_labels else None
         self.logit_scale: nn.Parameter | None = None
         if self.head is None:
             # one element, not a scalar: DeepSpeed cannot broadcast tensors without dimensions
@@ -95,6 +93,20 @@ class MultimodalMoEModel(PreTrainedModel):
                     drop=0.0 if on_meta else self.config.upcycle_drop,
                 )
                 setattr(parent, attribute, sparse)
+
+    def _new_head(self, num_outputs: int) -> Head | InteractionHead:
+        config = self.config
+        widths = [self.backbone.feature_width(name) for name in self.modalities]
+        if config.interaction_settings is None:
+            return new_head(widths, num_outputs, config.fusion_settings)
+        return InteractionHead(
+            widths,
+            num_outputs,
+            modalities=self.modalities,
+            problem_type=config.problem_type,
+            settings=config.interaction_settings,
+            fusion=config.fusion_settings,
+        )
 
     def _finish(self) -> None:
         """Let the library do its book-keeping, but not draw the weights again."""
@@ -189,7 +201,7 @@ class MultimodalMoEModel(PreTrainedModel):
             DataError: a payload whose rows are not the samples that have the modality, or
                 interactions that are not one per sample.
         """
-        rows = packed_rows(present, inputs, self.modalities)
+        rows = self._packed_rows(present, inputs)
         generated = generated_tokens(self.prompt, self.backbone, present, inputs)
         lacking = generated_rows(generated, self.modalities, present)
         contexts = token_contexts(present, interaction, rows, lacking)
@@ -208,20 +220,34 @@ class MultimodalMoEModel(PreTrainedModel):
             feature_BD = zeros_BD.index_copy(0, used_N, feature_ND[blank:])
             features[name] = feature_BD + 0 * feature_ND[:blank].sum()
             routing.update(records)
+        losses = mean_router_losses(routing)
+        said = None
+        if isinstance(self.head, InteractionHead):
+            said = self.head(self._parts(features))
+            routing[LAYER_NAME], losses = said.record, losses | said.losses
         return MultimodalMoEOutput(
-            logits=self._logits(features),
+            logits=self._logits(features) if said is None else said.mixed_BC,
             features=features,
-            losses=mean_router_losses(routing) | self.prompt.losses(),
+            losses=losses | self.prompt.losses(),
             routing=routing,
+            interaction=said,
         )
 
-    def _logits(self, features: dict[str, Tensor]) -> Tensor | None:
-        if self.head is None:
-            return None
+    def _packed_rows(self, present_BM: Tensor, inputs: Mapping[str, Payload]) -> dict[str, Tensor]:
+        """Positions (N,) of each modality's rows; a planned pass without values puts its own."""
+        return packed_rows(present_BM, inputs, self.modalities)
+
+    def _parts(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """What enters the head, in the order of the modalities."""
         parts = [features[name] for name in self.modalities]
         if self.config.feature_norm:  # a zero row stays zero
             parts = [F.layer_norm(part_BD, part_BD.shape[-1:]) for part_BD in parts]
-        return self.head.fuse(parts)
+        return parts
+
+    def _logits(self, features: dict[str, Tensor]) -> Tensor | None:
+        if self.head is None or isinstance(self.head, InteractionHead):
+            return None
+        return self.head.fuse(self._parts(features))
 
     def freeze(
         self,

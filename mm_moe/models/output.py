@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from mm_moe.models.interaction_head import InteractionOutput
 from mm_moe.moe.layer import RoutingRecord
 
 
@@ -22,13 +23,16 @@ class MultimodalMoEOutput(ModelOutput):
         features: modality -> (B, D), zero rows where the modality is absent and not generated.
         losses: terms to add to the objective, coefficients applied: those of the routers averaged
             over the sparse layers, and those of the prompt.
-        routing: "<modality>.<block>" -> record of each sparse layer.
+        routing: "<modality>.<block>" -> record of each sparse layer; the interaction experts'
+            comes last, as "interaction.0".
+        interaction: what the interaction experts say, in a model that has them.
     """
 
     logits: Tensor | None = None
     features: dict[str, Tensor] = None  # type: ignore[assignment]  # the library wants defaults
     losses: dict[str, Tensor] = None  # type: ignore[assignment]
     routing: dict[str, RoutingRecord] = None  # type: ignore[assignment]
+    interaction: InteractionOutput | None = None
 
 
 def mean_router_losses(routing: dict[str, RoutingRecord]) -> dict[str, Tensor]:
