@@ -111,7 +111,12 @@ def judge_alone(
     source: DataSource,
     num_folds: int,
 ) -> tuple[dict[str, UniScores], dict[str, Any]]:
-    """Split -> scores from one modality, and what the head was."""
+    """Split -> scores from one modality, and what the head was.
+
+    Raises:
+        ConfigError: more folds than groups.
+        DataError: no usable training row, or one class only.
+    """
     train, given_ND = samples[TRAIN], features[TRAIN].feature_ND[modality]
     labels = np.array([-1 if sample.label is None else sample.label for sample in train])
     usable_N = ~np.isnan(given_ND).any(-1) & (labels >= 0)
@@ -121,8 +126,9 @@ def judge_alone(
     heads = CrossFitted(STRENGTHS).fit(
         given_ND[usable_N],
         label_N=labels[usable_N],
+        # in whole groups: the twin of a held-out row must not be learnt from
         fold_N=folds_of(
-            [sample.mask_key for sample in kept], dataset=source.name, num_folds=num_folds
+            [sample.group_key for sample in kept], dataset=source.name, num_folds=num_folds
         ),
         num_classes=len(source.label_names),
     )

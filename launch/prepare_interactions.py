@@ -129,6 +129,7 @@ def read_samples(source: DataSource, splits: list[str] | None) -> dict[str, list
 
 def print_report(about: dict[str, Any]) -> None:
     """Counts and shares, a line for each split and modality."""
+    share = "positive" if about["classes"] == 2 else "of its largest class"
     for split, record in about["splits"].items():
         accuracy = ", ".join(
             f"{name} alone {'-' if value is None else f'{value:.1%}'}"
@@ -140,7 +141,7 @@ def print_report(about: dict[str, Any]) -> None:
         )
         for name, category in record["categories"].items():
             positive = category["positive"]
-            end = "" if positive is None else f", {positive:.1%} positive or of the largest class"
+            end = "" if positive is None else f", {positive:.1%} {share}"
             print(f"  {name:<10} {category['rows']:>7,} {category['share']:>6.1%}{end}")
     for warning in about["warnings"]:
         print(f"note: {warning}")

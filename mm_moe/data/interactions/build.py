@@ -156,11 +156,15 @@ def _check_same(scores: UniScores, ids: list[str], split: str) -> None:
 
 
 def describe(table: InteractionTable) -> dict[str, Any]:
-    """Counts, shares of positive rows and accuracies per split, and what to beware of."""
+    """Counts, shares of positive rows and accuracies per split, and what to beware of.
+
+    With more than two classes "positive" is the share of a category's largest class.
+    """
     splits = {split: _describe_split(table, split) for split in dict.fromkeys(table.splits)}
     return {
         "dataset": table.dataset,
         "modalities": list(table.modalities),
+        "classes": len(table.label_names),
         "origin": dict(table.origin),
         "splits": splits,
         "warnings": _warnings(splits, binary=len(table.label_names) == 2),

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 
 from launch import prepare_data
+from launch.label_by_own import judge_alone
+from mm_moe.batch import Sample
 from mm_moe.data.interactions.published import PublishedFolder, labels_name, split_name
 from mm_moe.data.interactions.table import InteractionTable
+from mm_moe.data.sets.emoji import EmojiData
 from mm_moe.data.sets.prepared import MmsdData
 from mm_moe.errors import ConfigError, DataError
+from mm_moe.models.features import FrozenFeatures
 from tests import raw_layouts
 from tests.raw_layouts import put_json
 
@@ -103,6 +107,20 @@ def test_own_predictors_cover_every_row(mmsd, capsys):
     assert again.soft_NQ.tolist() == table.soft_NQ.tolist()
     with pytest.raises(ConfigError, match="holds an interaction table already"):
         run(mmsd, *words)
+
+
+def test_twins_are_held_out_together():
+    # 40 texts, each of two rows, and labels that have nothing to do with them
+    rng = np.random.default_rng(0)
+    texts, labels = rng.normal(size=(40, 60)), rng.integers(0, 9, 40)
+    rows = [(n, twin) for n in range(40) for twin in (0, 1)]
+    samples = [Sample(f"{n}-{twin}", label=int(labels[n]), group=str(n)) for n, twin in rows]
+    features = FrozenFeatures(tuple(s.id for s in samples), {"text": texts.repeat(2, axis=0)})
+    scores, _ = judge_alone(
+        "text", {"train": samples}, {"train": features}, source=EmojiData(), num_folds=5
+    )
+    right = scores["train"].score_NC.argmax(-1) == labels.repeat(2)
+    assert right.mean() < 0.4  # a head that saw the twin would know most
 
 
 def test_a_row_without_scores_has_no_category(mmsd, tmp_path):
