@@ -20,17 +20,22 @@ from mm_moe.data.streaming import SampleStream
 from mm_moe.errors import ConfigError, DataError
 from mm_moe.models.building import build_model
 from mm_moe.models.configuration import MultimodalMoEConfig
-from mm_moe.models.features import FrozenFeatures, frozen_features
+from mm_moe.models.features import FrozenFeatures, frozen_features, mean_features
 from mm_moe.models.modeling import MultimodalMoEModel
 from mm_moe.models.processing import processors_for
 from mm_moe.registry import BACKBONES
 
 SEED = 0  # of a backbone without weights
+WITHOUT = "none"  # no backbone: the mean of a sequence's steps is its feature
 
 
 def add_flags(flags: argparse._ArgumentGroup, *, folds: int) -> None:
     """The flags of this labeller."""
-    flags.add_argument("--backbone", default="small_clip", help="a registered backbone")
+    flags.add_argument(
+        "--backbone",
+        default="small_clip",
+        help="a registered backbone, or none: means of sequences",
+    )
     flags.add_argument("--pretrained", help="its weights, as in training")
     flags.add_argument("--backbone_config", help="JSON object, as in training")
     flags.add_argument("--tokenizer", help="folder or Hub name, as in training")
@@ -48,19 +53,7 @@ def label(
     """
     if TRAIN not in samples:
         raise ConfigError(f"--labeller own is fitted on the split {TRAIN!r}; add it to --splits.")
-    model = _model(options, source)
-    processors = processors_for(model.config, source=options.tokenizer or options.pretrained)
-    found = {}
-    for split in samples:
-        collator = Collator(
-            modalities=source.modalities,
-            processors=processors,
-            problem_type=NO_LABEL,
-            num_labels=0,
-        )
-        stream = SampleStream(source, split=split, batch_size=options.batch_size, epochs=1)
-        loader = DataLoader(stream, batch_size=options.batch_size, collate_fn=collator)
-        found[split] = frozen_features(model, loader)
+    found = _features(options, source, list(samples))
     scores, heads = {}, {}
     for modality in source.modalities:
         scores[modality], heads[modality] = judge_alone(
@@ -75,6 +68,38 @@ def label(
     return scores, None, origin
 
 
+def _features(
+    options: argparse.Namespace, source: DataSource, splits: list[str]
+) -> dict[str, FrozenFeatures]:
+    """The features of each split."""
+    streams = {
+        split: SampleStream(source, split=split, batch_size=options.batch_size, epochs=1)
+        for split in splits
+    }
+    if options.backbone == WITHOUT:
+        if set(source.sequences) != set(source.modalities):
+            raise ConfigError(
+                f"--backbone {WITHOUT} takes the means of feature sequences, and {source.name!r} "
+                f"holds {', '.join(source.modalities)}; name a backbone."
+            )
+        return {
+            split: mean_features(stream, sequences=source.sequences)
+            for split, stream in streams.items()
+        }
+    model = _model(options, source)
+    collator = Collator(
+        modalities=source.modalities,
+        processors=processors_for(model.config, source=options.tokenizer or options.pretrained),
+        problem_type=NO_LABEL,
+        num_labels=0,
+    )
+    size = options.batch_size
+    return {
+        split: frozen_features(model, DataLoader(stream, batch_size=size, collate_fn=collator))
+        for split, stream in streams.items()
+    }
+
+
 def _model(options: argparse.Namespace, source: DataSource) -> MultimodalMoEModel:
     kind = BACKBONES.resolve(options.backbone)
     given = parse_json("backbone_config", options.backbone_config)
@@ -82,7 +107,7 @@ def _model(options: argparse.Namespace, source: DataSource) -> MultimodalMoEMode
         if not kind.takes_sequences:
             raise ConfigError(
                 f"data set {source.name!r} holds feature sequences ({', '.join(source.sequences)}),"
-                f" which backbone {options.backbone!r} does not take; take --backbone sequences."
+                f" which backbone {options.backbone!r} does not take; take sequences, or none."
             )
         given = {"sequences": {n: dict(about) for n, about in source.sequences.items()}} | given
     torch.manual_seed(SEED)

@@ -11,6 +11,7 @@ from mm_moe.batch import Sample
 from mm_moe.data.interactions.published import PublishedFolder, labels_name, split_name
 from mm_moe.data.interactions.table import InteractionTable
 from mm_moe.data.sets.emoji import EmojiData
+from mm_moe.data.sets.interaction_dial import InteractionDialData
 from mm_moe.data.sets.prepared import MmsdData
 from mm_moe.errors import ConfigError, DataError
 from mm_moe.models.features import FrozenFeatures
@@ -123,6 +124,21 @@ def test_twins_are_held_out_together():
     assert right.mean() < 0.4  # a head that saw the twin would know most
 
 
+def test_known_mechanisms_are_recovered(tmp_path):
+    # a modality that does not say the label says its opposite, so that the category is in the data
+    options = {
+        "shares": {"R": 0.4, "U_first": 0.25, "U_second": 0.2, "AS": 0.15},
+        **{"other": "wrong", "sizes": [900, 10, 300], "width": 9},
+    }
+    words = ["--dataset", "interaction_dial", "--dataset_options", json.dumps(options)]
+    words += ["--output", str(tmp_path / "table"), "--backbone", "none"]
+    assert prepare_data.main(["interactions", *words]) == 0
+    table = InteractionTable.load(tmp_path / "table" / "interactions.parquet")
+    for split in ("train", "test"):
+        truth = InteractionDialData(**options).arrays(split)[2][:, 0]  # R, U_first, U_second, AS
+        assert (table.code_N[table.rows_of(split)] == truth).mean() > 0.9
+
+
 def test_a_row_without_scores_has_no_category(mmsd, tmp_path):
     folder = published(tmp_path)
     path = folder / "mmsd_data" / "data_gen_output" / labels_name("mmsd", "image")
@@ -146,6 +162,7 @@ def test_a_row_without_scores_has_no_category(mmsd, tmp_path):
         (["--labeller", "transformers"], "needs --image_model DIR for image"),
         (["--answers", "yes"], "1 words, the data set 2 classes"),
         (["--splits", "test"], "is fitted on the split 'train'"),
+        (["--backbone", "none"], "means of feature sequences, and 'mmsd' holds image, text"),
         (["--batch_size", "0"], "--batch_size 0 must be at least 1"),
         (["--folds", "9"], r"--folds 9 must lie from 2 to the number of training rows \(6\)"),
     ],
