@@ -2,15 +2,20 @@
 
 Our reading of "Buffer replay enhances the robustness of multimodal learning under missing-modality"
 (Zhu et al., 2025; the released code has neither a cache nor a replay). Every constant and these
-parts are ours: the adapter of the bypass, pooled features of the tower's own tokens in the cache,
-replay into these tokens too, gates per channel. The published figure also draws a mean-squared
-error between buffers without saying of what; it is left out.
+parts are ours: slots that read the row's own tokens, the adapter of the bypass, the mean token in
+the cache, replay into the tower's own tokens, gates per channel. The published figure also draws a
+mean-squared error between buffers without saying of what; it is left out.
 
-In each tower, with n private and n shared tokens before its own:
-  early blocks j:  slots enter as slots_(j-1) + rho_j * adapter(what came out); outputs are cached;
-  deep blocks l:   slots += gate_l * (sum_j a_lj cached slots_j + lift(sum_j b_lj cached pooled_j))
-                   own tokens += gate'_l * lift(sum_j b_lj cached pooled_j)
-with a_l and b_l learned distributions over the early blocks. Gates start at zero.
+In each tower, with n private and n shared tokens (slots) before its own, and one attention head
+`read` from slots to own tokens:
+  entry 0 of the cache, before block 0:  slots_0 = buffers + read(buffers, own)
+  early blocks j:  slots enter as slots_(j-1) + rho_j * adapter(what came out);
+      entry j of the cache:  the slots that came out + what these read
+  deep blocks l:   slots += gate_l * sum_j a_lj entry_j
+                   own tokens += lift_l(sum_j b_lj [what entry j read, mean own token at entry j])
+with a_l and b_l learned distributions over the entries. Gates and lifts start at zero, so that the
+deep blocks start as they are. A block whose tokens attend backwards only (CLIP's text) still has
+the whole text before each token: the slots stand first and have read it.
 
 Axes: N packed rows, L tokens, D width, S slots (private and shared), J cached blocks,
 R replaying blocks, K patterns, n tokens of a buffer, C width of the shared buffer.

@@ -22,16 +22,20 @@ class ReplayOptions:
         shared_width: C, width of the shared buffer before it is projected to each tower.
         private: keep a private buffer per modality and pattern.
         shared: keep a shared buffer per pattern, common to the towers.
+        read: let the slots read the tower's own tokens, before the first block and after each early
+            one, so that buffers and cache hold features of the row; off, they depend on its missing
+            pattern alone.
         bypass: carry the slots past the early blocks; off, each block's output is the next input.
         replay: replay the cache into the deep blocks; off, nothing is cached.
-        aggregation: how the cached blocks are combined: "learned" weights, "attention" of the
-            row's present pooled tokens over its cached ones, their "mean", or the "last" alone.
-        pooled: cache the mean of the tower's own tokens too.
-        replay_tokens: replay the pooled cache into the tower's own tokens, not only the slots.
-        gated: learn gates that start at zero; off, the replay is added as it is.
+        aggregation: how the cache's entries are combined: "learned" weights, "attention" of the
+            row's present mean token over its cached ones, their "mean", or the "last" alone.
+        replay_tokens: replay into the tower's own tokens too, not only the slots.
+        gated: learn gates of the slots' replay that start at zero; off, it is added as it is.
         cache_layers: how many of the first blocks are early; None means half of them.
         replay_layers: deep blocks that get the replay; None means all after the early ones.
-        bottleneck: the adapters are narrower than the tower by this factor.
+        bottleneck: the adapters and the readers' scores are narrower than the tower by this factor.
+        dropout: in training, share of what is read and of the lifts' inner values that is dropped.
+            Runs with dropout do not follow one curve over different numbers of processes.
         noise: spread of the buffers around the task's mean token, relative to the tokens' spread;
             before `initialise` has seen the task, standard deviation around zero.
         orthogonality_coef: weight of the loss that keeps private and shared buffers apart.
@@ -43,15 +47,16 @@ class ReplayOptions:
     shared_width: int = 64
     private: bool = True
     shared: bool = True
+    read: bool = True
     bypass: bool = True
     replay: bool = True
     aggregation: str = "learned"
-    pooled: bool = True
     replay_tokens: bool = True
     gated: bool = True
     cache_layers: int | None = None
     replay_layers: Sequence[int] | None = None
-    bottleneck: int = 4
+    bottleneck: int = 2
+    dropout: float = 0.0
     noise: float = 0.2
     orthogonality_coef: float = 0.1
     initial_samples: int = 0
@@ -65,13 +70,13 @@ class ReplayOptions:
                 f"prompt aggregation {self.aggregation!r} is unknown; "
                 f"known: {', '.join(AGGREGATIONS)}."
             )
-        if self.replay_tokens and not self.pooled:
-            raise ConfigError("prompt replay_tokens needs pooled; switch replay_tokens off too.")
         if self.noise <= 0 or self.orthogonality_coef < 0:
             raise ConfigError(
                 f"prompt noise ({self.noise}) must be positive and orthogonality_coef "
                 f"({self.orthogonality_coef}) not negative."
             )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"prompt dropout ({self.dropout}) must lie in [0, 1).")
         if self.initial_samples < 0:
             raise ConfigError(
                 f"prompt initial_samples ({self.initial_samples}) must not be negative; 0 is off."

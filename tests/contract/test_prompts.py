@@ -30,7 +30,8 @@ VARIANTS = {
         {"aggregation": "mean", "gated": False},
         {"private": False, "shared": False},
         {"replay": False},
-        {"bypass": False, "pooled": False, "replay_tokens": False, "aggregation": "last"},
+        {"read": False},
+        {"bypass": False, "replay_tokens": False, "aggregation": "last"},
         {"shared": False, "cache_layers": 1, "replay_layers": [3]},
     ],
 }

@@ -32,7 +32,7 @@ def run(prompt, block, x_NLD, mask_NL=None):
 
 
 def test_slots_are_carried_past_the_early_blocks():
-    prompt = ReplayPrompt(**PAIR, length=2, cache_layers=3)
+    prompt = ReplayPrompt(**PAIR, length=2, cache_layers=3, read=False)
     with torch.no_grad():
         prompt.towers["a"].bypass_J.zero_()
     edit, entered = run(prompt, lambda layer, x: x + 100, torch.zeros(1, 1, 4))
@@ -45,13 +45,13 @@ def test_slots_are_carried_past_the_early_blocks():
 
 
 def test_without_bypass_and_replay_the_slots_are_plain_tokens():
-    prompt = ReplayPrompt(**PAIR, bypass=False, replay=False)
+    prompt = ReplayPrompt(**PAIR, read=False, bypass=False, replay=False)
     _, entered = run(prompt, lambda layer, x: x + 1, torch.zeros(1, 1, 4))
     for layer, x_NLD in enumerate(entered):
         assert torch.allclose(x_NLD, entered[0] + layer)
 
 
-def test_closed_gates_replay_nothing():
+def test_closed_gates_and_lifts_replay_nothing():
     with_replay, without = ReplayPrompt(**PAIR), ReplayPrompt(**PAIR, replay=False)
     without.load_state_dict(with_replay.state_dict(), strict=False)
     x_NLD = torch.randn(2, 3, 4)
@@ -63,46 +63,71 @@ def test_closed_gates_replay_nothing():
         assert torch.equal(a, b)
 
 
+PLAIN = {"read": False, "bypass": False, "replay_tokens": False, "gated": False}
+
+
 def test_the_deep_blocks_get_the_mean_of_the_cache():
-    prompt = ReplayPrompt(
-        **PAIR, bypass=False, aggregation="mean", pooled=False, replay_tokens=False, gated=False
-    )
-    # block l adds 1: early outputs are s + 1 and s + 2, their mean s + 1.5
+    prompt = ReplayPrompt(**PAIR, **PLAIN, aggregation="mean")
+    # block l adds 1: the entries are s, s + 1 and s + 2, their mean s + 1
     _, entered = run(prompt, lambda layer, x: x + 1, torch.zeros(1, 1, 4))
     start = entered[0][:, :8]
-    assert torch.allclose(entered[2][:, :8], (start + 2) + (start + 1.5))
+    assert torch.allclose(entered[2][:, :8], (start + 2) + (start + 1))
     assert torch.equal(entered[2][:, 8:], torch.full((1, 1, 4), 2.0))
 
 
-def test_the_last_cached_block_alone():
-    prompt = ReplayPrompt(
-        **PAIR, bypass=False, aggregation="last", pooled=False, replay_tokens=False, gated=False
-    )
+def test_the_last_entry_alone():
+    prompt = ReplayPrompt(**PAIR, **PLAIN, aggregation="last")
     _, entered = run(prompt, lambda layer, x: x + 1, torch.zeros(1, 1, 4))
     start = entered[0][:, :8]
     assert torch.allclose(entered[2][:, :8], (start + 2) + (start + 2))
 
 
-def test_pooled_features_are_means_of_own_real_tokens():
-    prompt = ReplayPrompt(**PAIR, length=1)
+def test_summaries_are_means_of_own_real_tokens():
+    prompt = ReplayPrompt(**PAIR, length=1, read=False)
     x_NLD = torch.tensor([[[1.0, 2, 3, 4], [3, 2, 1, 0], [90, 90, 90, 90]]])
     mask_NL = torch.tensor([[True, True, False]])
     edit, _ = run(prompt, lambda layer, x: x, x_NLD, mask_NL)
-    assert torch.equal(edit.cache.pooled[0], torch.tensor([[2.0, 2, 2, 2]]))
-    assert len(edit.cache.pooled) == len(edit.cache.slots) == 2
+    assert torch.equal(edit.cache.summaries[0], torch.tensor([[2.0, 2, 2, 2]]))
+    assert len(edit.cache.summaries) == len(edit.cache.slots) == 3  # before block 0, after 0 and 1
 
 
-def test_pooled_features_reach_the_slots_and_the_own_tokens():
-    prompt = ReplayPrompt(**PAIR, bypass=False, aggregation="mean")
-    part = prompt.towers["a"]
+def test_slots_read_what_is_there():
+    prompt = ReplayPrompt(**PAIR, length=1, private=False)
+    reader = prompt.towers["a"].read
     with torch.no_grad():
-        part.slot_gate_RD.fill_(0.0)
-        part.token_gate_RD.fill_(2.0)
+        reader.key.weight.zero_()  # every real token alike: the mean of what they hold
+        for layer in (reader.value, reader.out):
+            layer.weight.copy_(torch.eye(4))
+            layer.bias.zero_()
+    own_NLD = torch.tensor([[[1.0, -1, 1, -1], [1, 1, -1, -1], [-9, 9, 9, -9]]])
+    mask_NL = torch.tensor([[True, True, False]])
+    edit, entered = run(prompt, lambda layer, x: x, own_NLD, mask_NL)
+    buffer = prompt.start(ALL, FIRST)["a"].slots_NSD
+    read = torch.tensor([1.0, 0, 0, -1])  # tokens of mean 0 and variance 1 stay as they are
+    assert torch.allclose(entered[0][0, 0], buffer[0, 0] + read, atol=1e-4)
+    assert torch.allclose(edit.cache.summaries[0][0], torch.cat([read, read]), atol=1e-4)
+
+
+def test_summaries_reach_the_own_tokens_through_the_lift():
+    prompt = ReplayPrompt(**PAIR, read=False, bypass=False, aggregation="mean")
+    lift = prompt.towers["a"].lift[0]
+    with torch.no_grad():
+        lift.up.weight.normal_()
     x_NLD = torch.randn(1, 3, 4)
     _, entered = run(prompt, lambda layer, x: x, x_NLD)
-    lifted = part.lift(normalised(x_NLD.mean(1)))
-    assert torch.allclose(entered[2][:, 8:], x_NLD + 2 * lifted[:, None], atol=1e-6)
-    assert torch.equal(entered[2][:, :8], entered[0][:, :8])
+    lifted = lift(normalised(x_NLD.mean(1)))
+    assert torch.allclose(entered[2][:, 8:], x_NLD + lifted[:, None], atol=1e-6)
+    assert torch.equal(entered[2][:, :8], entered[0][:, :8])  # their gate is closed
+
+
+def test_dropout_is_for_training_alone():
+    prompt = ReplayPrompt(**PAIR, dropout=0.5)
+    x_NLD = torch.randn(2, 3, 4)
+    first, second = (run(prompt, lambda layer, x: x, x_NLD)[1][0] for _ in range(2))
+    assert not torch.equal(first, second)
+    prompt.eval()
+    first, second = (run(prompt, lambda layer, x: x, x_NLD)[1][0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_mix_by_hand():
@@ -145,9 +170,10 @@ def test_switches_remove_parameters():
     full = names()
     assert full - names(private=False) == {"private_KnD"}
     assert full - names(bypass=False) == {"bypass_J"}
-    assert full - names(gated=False) == {"slot_gate_RD", "token_gate_RD"}
-    assert full - names(aggregation="mean") == {"slot_weight_RJ", "pooled_weight_RJ"}
-    assert names(replay=False, bypass=False) == {"private_KnD", "shared_KnC", "weight", "bias"}
+    assert full - names(gated=False) == {"slot_gate_RD"}
+    assert full - names(aggregation="mean") == {"slot_weight_RJ", "token_weight_RJ"}
+    plain = names(read=False, replay=False, bypass=False)
+    assert plain == {"private_KnD", "shared_KnC", "weight", "bias"}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +184,7 @@ def test_switches_remove_parameters():
         ({"replay_layers": []}, "switch replay off instead"),
         ({"aggregation": "sum"}, "known: learned, attention, mean, last"),
         ({"private": False, "shared": False, "replay": False}, "every part"),
-        ({"pooled": False}, "replay_tokens needs pooled"),
+        ({"dropout": 1.0}, r"dropout \(1.0\) must lie in \[0, 1\)"),
         ({"lenght": 3}, "did you mean length"),
         ({"length": 0}, r"length \(0\)"),
     ],
