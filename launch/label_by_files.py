@@ -1,4 +1,8 @@
-"""Published score files as labellers, joined to the data set by id."""
+"""Published score files as labellers, joined to the data set by id.
+
+The modalities are those of the files: the data set gives ids, labels and splits, and may lack what
+the labellers saw (the frames of MUStARD, which nobody may share).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ def label(
     """Scores and stored predictions; a row that a file lacks has neither.
 
     Raises:
-        ConfigError: no files, or not one for each modality.
+        ConfigError: no files, fewer than two, or other than two classes.
         DataError: a file deviates from its schema, knows no row, or has another label for one.
     """
     if len(source.label_names) != 2:
@@ -40,7 +44,7 @@ def label(
             f"published scores are of Yes and No; {source.name!r} has {len(source.label_names)} "
             "classes. Take another --labeller."
         )
-    files, origin = _files(options, source)
+    files, origin = _files(options, source.name)
     scores: dict[str, dict[str, UniScores]] = {}
     stored: dict[str, dict[str, np.ndarray]] = {}
     lacking = {}
@@ -67,29 +71,24 @@ def label(
 
 
 def _files(
-    options: argparse.Namespace, source: DataSource
+    options: argparse.Namespace, dataset: str
 ) -> tuple[dict[str, UnimodalLabels], dict[str, Any]]:
-    """Modality -> its file's content, in the data set's order."""
+    """Modality -> its file's content."""
     if bool(options.published) == bool(options.labels):
         raise ConfigError(
-            "--labeller files needs --published DIR, or --labels MODALITY=FILE for each modality."
+            "--labeller files needs --published DIR, or --labels MODALITY=FILE for two or more."
         )
     if options.published:
-        if set(source.modalities) != {IMAGE, TEXT}:
-            raise ConfigError(
-                f"published scores are of image and text; {source.name!r} has "
-                f"{', '.join(source.modalities)}. Name files with --labels MODALITY=FILE."
-            )
-        folder = PublishedFolder(options.published, source.name)
-        found = {n: folder.labels(n, for_fuser=options.for_fuser) for n in source.modalities}
+        folder = PublishedFolder(options.published, dataset)
+        found = {n: folder.labels(n, for_fuser=options.for_fuser) for n in (IMAGE, TEXT)}
         return found, {"for_fuser": options.for_fuser}
     given = dict(word.partition("=")[::2] for word in options.labels)
-    if set(given) != set(source.modalities) or len(given) != len(options.labels):
+    if len(given) < 2 or len(given) != len(options.labels) or not all([*given, *given.values()]):
         raise ConfigError(
-            f"--labels must name each of {', '.join(source.modalities)} once, such as "
-            f"{source.modalities[0]}=FILE; got {' '.join(options.labels)}."
+            "--labels must name a file for two or more modalities, each once, such as image=FILE "
+            f"text=FILE; got {' '.join(options.labels)}."
         )
-    found = {name: read_labels(Path(given[name])) for name in source.modalities}
+    found = {name: read_labels(Path(file)) for name, file in given.items()}
     return found, {"sha256": {name: file_sha256(Path(file)) for name, file in given.items()}}
 
 

@@ -113,7 +113,7 @@ def open_source(options: argparse.Namespace) -> DataSource:
             f"data set {source.name!r} is a {source.problem_type}; categories need one class for "
             "each sample."
         )
-    if len(source.modalities) < 2:
+    if len(source.modalities) < 2 and options.labeller != "files":
         raise ConfigError(
             f"data set {source.name!r} has {', '.join(source.modalities)} alone; categories need "
             "two modalities or more."

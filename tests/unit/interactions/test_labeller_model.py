@@ -14,10 +14,13 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from launch import prepare_data
 from mm_moe.backbones.clip_small import SMALL_CLIP_FOLDER
 from mm_moe.data.interactions.labeller_model import ImageModel, TextModel, answer_tokens
 from mm_moe.data.interactions.question import Question
+from mm_moe.data.interactions.table import InteractionTable
 from mm_moe.errors import CheckpointError, ConfigError
+from tests import raw_layouts
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 COLOURS = Question("Which colour?", ("red", "blue", "green"))
@@ -92,6 +95,24 @@ def test_blip2_reads_an_image(image_folder):
     assert together.shape == (2, 3)
     assert together[1] == pytest.approx(model.scores(images[1:])[0], abs=1e-6)
     assert (together[0] != together[1]).any()
+
+
+def test_the_program_asks_both_models(image_folder, text_folder, tmp_path):
+    raw, out = raw_layouts.mmsd(tmp_path / "raw"), str(tmp_path / "out")
+    assert prepare_data.main(["mmsd", "--source", str(raw), "--output", out]) == 0
+    words = ["--dataset", "mmsd", "--data_dir", out, "--output", str(tmp_path / "table")]
+    words += ["--labeller", "transformers", "--use_cpu", "--batch_size", "4", "--splits", "test"]
+    words += ["--answers", "red", "blue", "--question", "Is it blue?"]
+    words += ["--model", text_folder, "--image_model", image_folder]
+    assert prepare_data.main(["interactions", *words]) == 0
+    table = InteractionTable.load(tmp_path / "table" / "interactions.parquet")
+    question = Question("Is it blue?", ("red", "blue"))
+    texts = [f"words of {number} # tag" for number in range(810, 814)]
+    expected = TextModel(text_folder, question=question).scores(texts)
+    expected /= expected.sum(-1, keepdims=True)
+    assert table.probabilities["text"] == pytest.approx(expected, abs=1e-5)
+    assert table.predictions["text"].tolist() == expected.argmax(-1).tolist()
+    assert (table.code_N >= 0).all()
 
 
 def test_answers_that_begin_alike_are_refused():

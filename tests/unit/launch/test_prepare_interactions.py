@@ -85,6 +85,28 @@ def test_published_files_become_a_table_and_go_back(mmsd, tmp_path, capsys):
     assert "a category contains the label" in output
 
 
+def test_the_data_may_lack_what_the_labellers_saw(tmp_path):
+    raw, out = raw_layouts.mustard(tmp_path / "raw"), str(tmp_path / "out")
+    words = ["--source", str(raw), "--output", out, "--options", '{"images": false}']
+    assert prepare_data.main(["mustard", *words]) == 0
+    ids = ["1_60", "1_70", "1_80", "1_90", "1_105", "1_213", "2_484", "2_477"]
+    files = []
+    for modality, yes in (("image", [0.9] * 8), ("text", [0.9] * 4 + [0.1] * 4)):
+        rows = {
+            key: said(p, int(n % 2 == 0), int(p > 0.5))
+            for n, (key, p) in enumerate(zip(ids, yes, strict=True))
+        }
+        files.append(f"{modality}={put_json(tmp_path / f'{modality}.json', rows)}")
+    words = ["--dataset", "mustard", "--data_dir", out, "--output", str(tmp_path / "table")]
+    words += ["--labeller", "files", "--labels", *files]
+    assert prepare_data.main(["interactions", *words]) == 0
+    table = InteractionTable.load(tmp_path / "table" / "interactions.parquet")
+    assert [table.names[code] for code in table.code_N] == [
+        *("R", "AS", "R", "AS"),
+        *("U_image", "U_text", "U_image", "U_text"),
+    ]
+
+
 def test_the_paper_rule_on_the_same_files(mmsd, tmp_path):
     folder = published(tmp_path)
     words = ["--labeller", "files", "--published", str(folder), "--mode", "paper"]
@@ -157,7 +179,7 @@ def test_a_row_without_scores_has_no_category(mmsd, tmp_path):
         (["--labeller", "onw"], "'onw' is unknown; did you mean own"),
         (["--labeller", "own", "--mode", "stored"], "--mode stored is for --labeller files"),
         (["--labeller", "files"], "needs --published DIR, or --labels"),
-        (["--labeller", "files", "--labels", "image=x"], "must name each of image, text once"),
+        (["--labeller", "files", "--labels", "image=x"], "a file for two or more modalities"),
         (["--labeller", "endpoint"], "needs --url and --served_model"),
         (["--labeller", "transformers"], "needs --image_model DIR for image"),
         (["--answers", "yes"], "1 words, the data set 2 classes"),
