@@ -83,18 +83,28 @@ def backbone_settings(settings: Settings, source: DataSource) -> dict[str, Any]:
     """The backbone's own settings, with the widths of feature sequences from the data.
 
     Raises:
-        ConfigError: sequences for a backbone that takes none.
+        ConfigError: sequences or arrays for a backbone that takes none.
     """
     given = parse_json("backbone_config", settings.model.backbone_config)
-    if not source.sequences:
+    backbone_class = BACKBONES.resolve(settings.model.backbone)
+    if source.arrays and not backbone_class.takes_arrays:
+        raise ConfigError(
+            f"data set {source.name!r} holds arrays ({', '.join(source.arrays)}), which backbone "
+            f"{settings.model.backbone!r} does not take; take --backbone small."
+        )
+    if not (source.sequences or source.arrays):
         return given
-    if not BACKBONES.resolve(settings.model.backbone).takes_sequences:
+    if source.sequences and not backbone_class.takes_sequences:
         raise ConfigError(
             f"data set {source.name!r} holds feature sequences ({', '.join(source.sequences)}), "
             f"which backbone {settings.model.backbone!r} does not take; take --backbone sequences."
         )
-    found = {name: dict(about) for name, about in source.sequences.items()}
-    return {"sequences": found, **given}
+    found: dict[str, Any] = {}
+    if source.sequences:
+        found["sequences"] = {name: dict(about) for name, about in source.sequences.items()}
+    if source.arrays:
+        found["arrays"] = {name: dict(about) for name, about in source.arrays.items()}
+    return {**found, **given}
 
 
 def label_fields(source: DataSource) -> dict[str, Any]:

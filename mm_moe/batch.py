@@ -7,12 +7,16 @@ order of the batch, so an absent payload does not exist anywhere downstream.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from mm_moe.errors import DataError
 
 IMAGE, TEXT = "image", "text"
 CONTEXT = "context"  # a second text: what was said before
@@ -24,6 +28,35 @@ def base_modality(name: str) -> str:
     """What a modality is one of: "image" for "image_0", "text" for "context", else its own name."""
     found = NUMBERED.fullmatch(name)
     return found[1] if found else TEXT if name == CONTEXT else name
+
+
+@dataclass(frozen=True)
+class PackedArray:
+    """An array as its bytes, so that samples can be compared and sent to workers cheaply.
+
+    Attributes:
+        content: the values, row by row.
+        dtype: "uint8" or "float32".
+        shape: of the array.
+    """
+
+    content: bytes
+    dtype: str
+    shape: tuple[int, ...]
+
+    def array(self) -> np.ndarray:
+        """A view of the values.
+
+        Raises:
+            DataError: the bytes are not those of such an array.
+        """
+        count = math.prod(self.shape)
+        if len(self.content) != count * np.dtype(self.dtype).itemsize:
+            raise DataError(
+                f"an array of {len(self.content)} bytes is not one of {self.dtype} and shape "
+                f"{self.shape}; prepare the data again."
+            )
+        return np.frombuffer(self.content, dtype=self.dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ BACKBONES = Registry(
         "siglip": "mm_moe.backbones.siglip:SiglipBackbone",
         "blip2": "mm_moe.backbones.blip2:Blip2Backbone",
         "sequences": "mm_moe.backbones.sequences:SequencesBackbone",
+        "small": "mm_moe.backbones.small:SmallBackbone",
         "text_encoder": "mm_moe.backbones.text_encoder:TextEncoderBackbone",
         "timm": "mm_moe.backbones.timm_image:TimmBackbone",
         "dual": "mm_moe.backbones.dual:DualBackbone",

@@ -49,6 +49,19 @@ class SequenceNeeds:
 
 
 @dataclass(frozen=True)
+class ArrayNeeds:
+    """What a tower for arrays of one shape takes in.
+
+    Attributes:
+        shape: of one row.
+        scale: its values are divided by this.
+    """
+
+    shape: tuple[int, ...]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class ProcessorNeeds:
     """What a backbone takes in, for the processors of its modalities; 0 where it has no such input.
 
@@ -61,6 +74,7 @@ class ProcessorNeeds:
         image_mean: per channel, of values in [0, 1]; None for CLIP's.
         image_std: likewise.
         sequences: modality -> its needs, where the modality is a sequence of features.
+        arrays: modality -> its needs, where the modality is an array of one shape.
     """
 
     image_size: int = 0
@@ -71,6 +85,7 @@ class ProcessorNeeds:
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
     sequences: Mapping[str, SequenceNeeds] = field(default_factory=dict)
+    arrays: Mapping[str, ArrayNeeds] = field(default_factory=dict)
 
 
 class Edit(Protocol):
@@ -102,6 +117,7 @@ class Tower(nn.Module, ABC):
         out_width: width of the pooled feature.
         num_blocks: how many blocks there are.
         causal: whether a token attends only to itself and those before it.
+        attends: whether the blocks have attention, by which a prompt can act.
         modality_index: place of the modality in the model's fixed order.
     """
 
@@ -109,6 +125,7 @@ class Tower(nn.Module, ABC):
     out_width: int
     num_blocks: int
     causal: bool = False
+    attends: bool = True
     modality_index: int = 0
 
     @abstractmethod
@@ -213,6 +230,7 @@ class Backbone(nn.Module):
 
     supported: ClassVar[tuple[str, ...]] = ()
     takes_sequences: ClassVar[bool] = False  # whether modalities are feature sequences
+    takes_arrays: ClassVar[bool] = False  # whether modalities can be arrays of one shape
     settings: dict[str, Any]
     towers: nn.ModuleDict
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mm_moe.batch import IGNORED_LABEL, IMAGE, Batch, Sample, base_modality
+from mm_moe.batch import IGNORED_LABEL, IMAGE, Batch, PackedArray, Sample, base_modality
 from mm_moe.data.decode import UndecodableImageError, decode_image
 from mm_moe.data.schema import MULTI_LABEL, NO_LABEL, SINGLE_LABEL, check_label, dense_label
 from mm_moe.errors import ConfigError, DataError
@@ -116,7 +116,7 @@ class Collator:
     def _decode(self, modality: str, sample: Sample) -> Any:
         """The value for the processor, or None for an image that does not decode."""
         value = sample.payload[modality]
-        if base_modality(modality) != IMAGE:
+        if base_modality(modality) != IMAGE or isinstance(value, PackedArray):
             return value
         try:
             return decode_image(value)

@@ -27,7 +27,7 @@ from mm_moe.backbones.clip_small import SMALL_CLIP_FOLDER
 from mm_moe.batch import IMAGE, TEXT, base_modality
 from mm_moe.errors import ConfigError
 from mm_moe.models.configuration import MultimodalMoEConfig
-from mm_moe.models.sequence_processing import SequenceProcessor
+from mm_moe.models.sequence_processing import ArrayProcessor, SequenceProcessor
 from mm_moe.registry import BACKBONES
 
 Processor = Callable[[list[Any]], dict[str, Tensor]]
@@ -119,12 +119,15 @@ def processors_for(
         IMAGE: _image_processor,
         TEXT: _text_processor,
     }
-    return {
-        name: SequenceProcessor(needs.sequences[name])
-        if name in needs.sequences
-        else makers[base_modality(name)](places, needs)
-        for name in config.modalities
-    }
+    found: dict[str, Processor] = {}
+    for name in config.modalities:
+        if name in needs.sequences:
+            found[name] = SequenceProcessor(needs.sequences[name])
+        elif name in needs.arrays:
+            found[name] = ArrayProcessor(needs.arrays[name])
+        else:
+            found[name] = makers[base_modality(name)](places, needs)
+    return found
 
 
 def save_processors(processors: dict[str, Processor], folder: Path) -> None:

@@ -30,10 +30,10 @@ def new_prompt(config: MultimodalMoEConfig, towers: Mapping[str, Tower]) -> Prom
     prompt_class = PROMPTS.resolve(config.prompt)
     options = dict(config.prompt_config)
     for name, tower in towers.items():
-        if config.prompt != "none" and not tower.num_blocks:
+        if config.prompt != "none" and not (tower.num_blocks and tower.attends):
             raise ConfigError(
                 f"the {name} tower has no blocks that a prompt could act in; take prompt "
-                "'none', or a tower with blocks (timm: new_blocks)."
+                "'none', or a tower with blocks of attention (timm: new_blocks)."
             )
     parameters = inspect.signature(prompt_class).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

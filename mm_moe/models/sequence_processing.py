@@ -1,4 +1,4 @@
-"""From raw feature sequences to a tower's tensors: standardise, pad, mask.
+"""From raw feature sequences and arrays to a tower's tensors: standardise, pad, mask, scale.
 
 Axes: N rows, T steps, D width.
 """
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm_moe.backbones.base import SequenceNeeds
+from mm_moe.backbones.base import ArrayNeeds, SequenceNeeds
+from mm_moe.batch import PackedArray
 from mm_moe.errors import DataError
 
 FLOAT = np.dtype("<f4")
@@ -63,3 +64,21 @@ class SequenceProcessor:
                 f"a sequence has shape {array_TD.shape}; the model takes (T, {self.width})."
             )
         return array_TD
+
+
+class ArrayProcessor:
+    """List of arrays of one shape -> {"values": float32 (N, *shape)}, divided by the scale."""
+
+    def __init__(self, needs: ArrayNeeds) -> None:
+        self.needs = needs
+
+    def __call__(self, rows: list[Any]) -> dict[str, Tensor]:
+        """Stack and scale."""
+        arrays = [row.array() if isinstance(row, PackedArray) else np.asarray(row) for row in rows]
+        for array in arrays:
+            if array.shape != self.needs.shape:
+                raise DataError(
+                    f"an array has shape {array.shape}; the model takes {self.needs.shape}."
+                )
+        values = np.stack(arrays).astype(FLOAT) / np.float32(self.needs.scale)
+        return {"values": torch.from_numpy(values)}

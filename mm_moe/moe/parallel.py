@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mm_moe.errors import ParallelismError
+from mm_moe.moe.batch_norm import BatchNorm
 from mm_moe.moe.dispatch import Dispatcher
 from mm_moe.moe.experts import Experts
 from mm_moe.moe.layer import MoELayer, moe_layers
@@ -276,6 +277,10 @@ def make_expert_parallel(model: nn.Module, *, ep_size: int, backend: str = "ours
         check_layout(
             num_experts=layer.num_experts, ep_size=ep_size, world_size=dist.get_world_size()
         )
+    if dist.get_world_size() > 1:
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                module.sum_over_ranks = _SumOverRanks.apply
     for name, layer in layers.items():
         replacement = BACKENDS[backend](layer, ep_size=ep_size)
         if not name:

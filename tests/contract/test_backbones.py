@@ -71,6 +71,15 @@ TINY = {  # small settings, so that the test is quick
         }
     },
 }
+TINY["small"] = {
+    "num_blocks": 2,
+    "towers": {"audio": {"layers": 1}},
+    "sequences": {"static": {"width": 5, "length": 1}, "series": {"width": 3, "length": 4}},
+    "arrays": {
+        "image": {"shape": [8, 8], "scale": 255.0},
+        "audio": {"shape": [2, 9, 8], "scale": 1.0},
+    },
+}
 TINY["dual"] = {
     "image": {"backbone": "timm", "config": TINY["timm"]},
     "text": {"backbone": "text_encoder", "config": TINY["text_encoder"]},
@@ -92,7 +101,9 @@ def test_towers_say_their_shapes(backbone):
         assert x_NLD.shape[2] == tower.width
         assert mask_NL is None or mask_NL.shape == x_NLD.shape[:2]
         assert tower.modality_index == index == backbone.modalities.index(name)
-        assert backbone.encode(name, tower.blank())[0].shape == (1, backbone.out_width)
+        width = backbone.feature_width(name)
+        assert backbone.encode(name, tower.blank())[0].shape == (1, width)
+        assert width <= backbone.out_width
 
 
 def test_settings_rebuild_the_backbone(backbone):
@@ -170,6 +181,9 @@ def test_an_unknown_modality_is_named(backbone):
 
 def test_processor_needs_follow_the_settings(backbone):
     needs = type(backbone).processor_needs(backbone.settings)
+    if backbone.takes_arrays:
+        assert {*needs.sequences, *needs.arrays} == set(backbone.towers)
+        return
     if backbone.takes_sequences:
         assert set(needs.sequences) == set(backbone.towers)
         for name, tower in backbone.towers.items():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mm_moe.data.decode import UndecodableImageError, decode_image
-from mm_moe.data.prepare.raw import IMAGES, SEQUENCES, RawRow
+from mm_moe.data.prepare.raw import ARRAYS, IMAGES, SEQUENCES, RawRow
 from mm_moe.data.schema import check_label
 from mm_moe.errors import DataError
 
@@ -51,7 +51,7 @@ class CheckedRow:
 
     Attributes:
         id: as in the raw row.
-        payload: modality -> encoded image, text, or array (T, D); empty for a bad row.
+        payload: modality -> encoded image, text, or array; empty for a bad row.
         label: as in the raw row.
         group: as in the raw row.
         fault: why the row is bad, or None.
@@ -121,6 +121,8 @@ def _read(value: Any, kind: str, modality: str, rules: Rules) -> Any:
         return _image(value)
     if kind == SEQUENCES:
         return _sequence(value, modality, trims=rules.trims_padding)
+    if kind == ARRAYS:
+        return _array(value, modality)
     return str(value) if str(value).strip() else None
 
 
@@ -136,6 +138,18 @@ def _image(path: Path) -> bytes:
     except UndecodableImageError as error:
         raise BadRowError(f"image does not decode ({error})") from error
     return content
+
+
+def _array(value: Any, modality: str) -> np.ndarray:
+    """A finite array of uint8, or of float32 whatever it was."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu" or not array.size:
+        raise BadRowError(f"{modality} has shape {array.shape} of {array.dtype}, not numbers")
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if not (np.abs(array) <= LARGEST).all():
+        raise BadRowError(f"NaN, infinite or too large values in {modality}")
+    return np.ascontiguousarray(array, dtype=FLOAT)
 
 
 def _sequence(value: Any, modality: str, *, trims: bool) -> np.ndarray | None:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from mm_moe.errors import DataError
 
 IMAGES, TEXTS, SEQUENCES = "image", "text", "sequence"  # kinds of payload
+ARRAYS = "array"  # numbers of one shape, uint8 or float32
 SPLITS = ("train", "validation", "test")  # our names; adapters map the published ones
 
 
@@ -27,8 +29,8 @@ class RawRow:
 
     Attributes:
         id: unique over all splits.
-        payload: modality -> path of an image file, text, or float array (T, D). What the row lacks
-            by nature is absent.
+        payload: modality -> path of an image file, text, float array (T, D), or array of the
+            modality's shape. What the row lacks by nature is absent.
         label: class index, zeros and ones, number, or None where the download has none.
         group: rows of one group lose the same modality under a missing mask; None: the row is
             alone.
@@ -55,6 +57,7 @@ class RawDataSet(ABC):
         label_names: class names in the order of the labels.
         license: who may do what with the data.
         notes: quirks of the layout and how they are treated; written beside the data.
+        scales: modality -> number by which a model divides the values of its arrays (default 1).
         unlabelled: split -> why it has no labels; such a split is kept, but cannot be scored.
         trims_padding: cut off the zero steps at either end of a sequence, and take a sequence of
             zeros alone for a missing one.
@@ -74,6 +77,7 @@ class RawDataSet(ABC):
     notes: tuple[str, ...]
     trims_padding: bool = True
     statistics_over: tuple[str, ...] = ("train",)
+    scales: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, source: Path) -> None:
         self.source = source

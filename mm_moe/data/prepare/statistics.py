@@ -1,4 +1,4 @@
-"""Shapes of feature sequences and their mean and spread over the training split.
+"""Shapes of arrays and feature sequences, and the sequences' mean and spread over training rows.
 
 Axes: T steps of one sequence, D width.
 """
@@ -57,3 +57,29 @@ class SequenceStatistics:
             "mean": np.round(mean_D, 7).tolist(),
             "std": np.where(flat_D, 1.0, np.round(std_D, 7)).tolist(),
         }
+
+
+class ArrayShape:
+    """The one shape and type of a modality's arrays."""
+
+    def __init__(self, modality: str, *, scale: float) -> None:
+        self.modality, self.scale = modality, scale
+        self.shape: tuple[int, ...] | None = None
+        self.dtype = ""
+
+    def see(self, array: np.ndarray | None, *, count: bool) -> str | None:
+        """Take note of an array; returns what is wrong with its shape or type, if anything."""
+        if array is None:
+            return None
+        if self.shape is None:
+            self.shape, self.dtype = array.shape, array.dtype.name
+        if (array.shape, array.dtype.name) != (self.shape, self.dtype):
+            return (
+                f"{self.modality} is {array.dtype.name} {array.shape}, the rows before it "
+                f"{self.dtype} {self.shape}"
+            )
+        return None
+
+    def record(self) -> dict[str, Any]:
+        """{"shape", "dtype", "scale"}."""
+        return {"shape": list(self.shape or ()), "dtype": self.dtype, "scale": self.scale}

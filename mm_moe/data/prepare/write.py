@@ -2,7 +2,8 @@
 
 The folder holds `SPLIT-NNNNN.parquet` shards (id, group, one column per modality, label),
 `dataset_info.json` and `quarantine.jsonl`. Images stay encoded, texts are texts, a sequence is the
-bytes of its float32 array, whose width is in `dataset_info.json`.
+bytes of its float32 array, whose width is in `dataset_info.json`; an array is its bytes, with shape
+and type there.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from mm_moe.data.prepare.check import CheckedRow, Rules, check_row
-from mm_moe.data.prepare.raw import IMAGES, SEQUENCES, RawDataSet
+from mm_moe.data.prepare.raw import ARRAYS, IMAGES, SEQUENCES, RawDataSet
 from mm_moe.data.prepare.shards import SplitWriter
-from mm_moe.data.prepare.statistics import SequenceStatistics
+from mm_moe.data.prepare.statistics import ArrayShape, SequenceStatistics
 from mm_moe.data.reading import file_sha256
 from mm_moe.data.sets.prepared import FORMAT, INFO
 from mm_moe.errors import ConfigError, DataError
@@ -107,8 +108,12 @@ class _Preparation:
         self.raw, self.folder = raw, folder
         self.workers, self.max_bad_ratio = workers, max_bad_ratio
         self.split_of: dict[str, str] = {}  # id -> the split that has it
-        sequences = [name for name, kind in raw.kinds.items() if kind == SEQUENCES]
-        self.statistics = {name: SequenceStatistics(name) for name in sequences}
+        self.statistics: dict[str, SequenceStatistics | ArrayShape] = {}
+        for name, kind in raw.kinds.items():
+            if kind == SEQUENCES:
+                self.statistics[name] = SequenceStatistics(name)
+            elif kind == ARRAYS:
+                self.statistics[name] = ArrayShape(name, scale=raw.scales.get(name, 1.0))
 
     def run(self) -> dict[str, Any]:
         """Write every split, then the record."""

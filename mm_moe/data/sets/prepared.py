@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 
-from mm_moe.batch import Sample
+from mm_moe.batch import PackedArray, Sample
 from mm_moe.data.reading import file_sha256, image_payload, reading, undecoded
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import ConfigError, DataError
@@ -61,6 +61,11 @@ class PreparedData(DataSource):
             for name, about in self.info["modalities"].items()
             if about["kind"] == "sequence"
         }
+        self.arrays = {
+            name: {key: about[key] for key in ("shape", "scale")}
+            for name, about in self.info["modalities"].items()
+            if about["kind"] == "array"
+        }
         self._check_files(self.data_dir)
 
     def _check_files(self, folder: Path) -> None:
@@ -98,13 +103,18 @@ class PreparedData(DataSource):
         return [Path(str(self.data_dir), file["name"]) for file in record["files"]]
 
     def to_sample(self, row: dict[str, Any]) -> Sample:
-        """Encoded images, texts, and sequences as the bytes of their float32 arrays."""
-        cells = {
-            name: image_payload(row[name]) if kind == "image" else row[name]
-            for name, kind in self._kinds.items()
-        }
+        """Encoded images, texts, sequences as their float32 bytes, and packed arrays."""
+        cells = {name: self._payload(name, row[name]) for name in self._kinds}
         payload = {name: value for name, value in cells.items() if value}
         return Sample(row["id"], payload, row["label"], group=row["group"])
+
+    def _payload(self, name: str, cell: Any) -> Any:
+        if self._kinds[name] == "image":
+            return image_payload(cell)
+        if self._kinds[name] == "array" and cell is not None:
+            about = self.info["modalities"][name]
+            return PackedArray(cell, about["dtype"], tuple(about["shape"]))
+        return cell
 
     @cached_property
     def _kinds(self) -> dict[str, str]:
