@@ -129,6 +129,8 @@ DATASETS = Registry(
         "mustard": "mm_moe.data.sets.prepared:MustardData",
         "urfunny": "mm_moe.data.sets.prepared:UrfunnyData",
         "interaction_dial": "mm_moe.data.sets.interaction_dial:InteractionDialData",
+        "av_mnist": "mm_moe.data.sets.prepared:AvMnistData",
+        "avmnist_npy": "mm_moe.data.sets.prepared:AvMnistNpyData",
     },
 )
 RAW_DATASETS = Registry(
@@ -145,6 +147,8 @@ RAW_DATASETS = Registry(
         "mmsd": "mm_moe.data.prepare.mmsd:MmsdRaw",
         "mustard": "mm_moe.data.prepare.mustard:MustardRaw",
         "urfunny": "mm_moe.data.prepare.urfunny:UrfunnyRaw",
+        "av_mnist": "mm_moe.data.prepare.av_mnist:AvMnistRaw",
+        "avmnist_npy": "mm_moe.data.prepare.avmnist_npy:AvMnistNpyRaw",
     },
 )
 OBJECTIVES = Registry(

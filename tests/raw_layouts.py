@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tests.av_mnist_layouts import av_mnist, avmnist_npy
+
 
 def jpeg(colour=(120, 60, 30), *, format="JPEG", size=(8, 6)) -> bytes:
     buffer = io.BytesIO()
@@ -274,3 +276,4 @@ def urfunny(folder: Path) -> Path:
 
 
 MAKERS |= {"mmsd": mmsd, "mustard": mustard, "urfunny": urfunny}
+MAKERS |= {"av_mnist": av_mnist, "avmnist_npy": avmnist_npy}

@@ -3,15 +3,21 @@
 from transformers import AutoConfig, AutoModel
 
 from mm_moe.models.building import build_model
+from mm_moe.models.composed import ComposedModel
+from mm_moe.models.composed_configuration import ComposedConfig
 from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.models.modeling import MultimodalMoEModel
 from mm_moe.models.output import MultimodalMoEOutput
 from mm_moe.models.processing import processors_for, save_processors
 
 AutoConfig.register(MultimodalMoEConfig.model_type, MultimodalMoEConfig)
+AutoConfig.register(ComposedConfig.model_type, ComposedConfig)
 AutoModel.register(MultimodalMoEConfig, MultimodalMoEModel)
+AutoModel.register(ComposedConfig, ComposedModel)
 
 __all__ = [
+    "ComposedConfig",
+    "ComposedModel",
     "MultimodalMoEConfig",
     "MultimodalMoEModel",
     "MultimodalMoEOutput",

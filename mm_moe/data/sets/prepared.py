@@ -195,6 +195,18 @@ class UrfunnyData(PreparedData):
     expected = "urfunny"
 
 
+class AvMnistData(PreparedData):
+    """AV-MNIST from written and spoken digits, prepared."""
+
+    expected = "av_mnist"
+
+
+class AvMnistNpyData(PreparedData):
+    """AV-MNIST's published arrays, prepared."""
+
+    expected = "avmnist_npy"
+
+
 def _read_info(folder: Path, make: str) -> dict[str, Any]:
     """The record of a prepared data set."""
     path = folder / INFO

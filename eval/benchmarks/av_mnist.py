@@ -1,0 +1,243 @@
+"""AV-MNIST: each modality alone, their product, joint models, and the product of all (I2M2).
+
+    python -m eval.benchmarks.av_mnist --data_dir DIR         # five seeds; DIR was prepared with
+    python launch/prepare_data.py av_mnist --source DIGITS --output DIR --options '{...}'
+    python -m eval.benchmarks.av_mnist --data_dir DIR --quick  # one seed, one epoch: does it run?
+
+Stage 1 trains one member at a time: `image`, `audio`, and `image+audio` fused by concatenation and
+by a low-rank tensor. Stage 2 takes stage 1's members and trains them together: intra (the product
+of image and audio) and I2M2 (the product of image, audio and image+audio), as the authors do.
+Members have the published encoders and heads. All rows of a split are held in memory, and one plain
+loop (AdamW, cosine) trains every model. The test split chose nothing: the numbers of the loop were
+set on the validation split with one seed. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eval.benchmarks.moe_layer import RESULTS, describe_machine
+from eval.metrics import scores
+from mm_moe.data.sets.prepared import AvMnistData
+from mm_moe.models import ComposedConfig, ComposedModel, MultimodalMoEConfig
+from mm_moe.models.modeling import MultimodalMoEModel
+
+BATCH = 64
+EVAL_BATCH = 500
+LEARNING_RATE, WEIGHT_DECAY, CLIP = 3e-3, 1e-2, 8.0
+STAGE_2_LEARNING_RATE = 1e-3
+NAMES = ("image", "audio", "image+audio")
+STAGE_1 = {  # name -> member, its fields
+    "image": ("image", {}),
+    "audio": ("audio", {}),
+    "inter concat": ("image+audio", {}),
+    "inter low_rank": ("image+audio", {"fusion": "low_rank"}),
+}
+STAGE_2 = {  # name -> the models of stage 1 whose product it is
+    "intra": ("image", "audio"),
+    "i2m2 concat": ("image", "audio", "inter concat"),
+    "i2m2 low_rank": ("image", "audio", "inter low_rank"),
+}
+PUBLISHED = {  # test accuracy in percent, on the published arrays
+    "image": 65.1,  # MultiBench (Liang et al. 2021)
+    "audio": 42.0,
+    "inter concat": 71.7,
+    "i2m2": 72.38,  # Madaan et al. 2024
+}
+CHANNELS = {"image": 3, "audio": 3, "image+audio": 6}
+Split = tuple[dict[str, Tensor], Tensor]
+
+
+def load(source: AvMnistData, split: str) -> Split:
+    """Values by modality (float32, scaled) and labels."""
+    samples = [source.to_sample(row) for row in source.stream(split)]
+    values = {}
+    for name in source.modalities:
+        stack = np.stack([sample.payload[name].array() for sample in samples])
+        values[name] = torch.from_numpy(stack.astype(np.float32)) / source.arrays[name]["scale"]
+    return values, torch.tensor([sample.label for sample in samples])
+
+
+def member_fields(source: AvMnistData, member: str, more: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of one member: LeNets, fusion, and a head with one hidden layer of 100."""
+    modalities = member.split("+")
+    config = MultimodalMoEConfig(
+        backbone="small",
+        backbone_config={
+            "arrays": {name: dict(source.arrays[name]) for name in modalities},
+            "towers": {name: {"channels": CHANNELS[member]} for name in modalities},
+        },
+        modalities=modalities,
+        label_names=list(source.label_names),
+        head_hidden_size=100,
+        feature_norm=False,
+        **more,
+    )
+    return config.to_dict()
+
+
+def composed(
+    source: AvMnistData,
+    members: dict[str, dict[str, Any]],
+    built: dict[str, MultimodalMoEModel] | None = None,
+) -> ComposedModel:
+    """The product of these members."""
+    config = ComposedConfig(
+        modalities=source.modalities, members=members, label_names=list(source.label_names)
+    )
+    return ComposedModel(config, members=built)
+
+
+def batch_of(values: dict[str, Tensor], rows: Tensor | slice) -> dict[str, Any]:
+    """Complete rows as the arguments of a model."""
+    inputs = {name: {"values": value[rows]} for name, value in values.items()}
+    count = len(next(iter(inputs.values()))["values"])
+    return {"present": torch.ones(count, len(inputs), dtype=torch.bool), "inputs": inputs}
+
+
+def train(
+    model: ComposedModel, data: Split, *, epochs: int, rate: float, generator: torch.Generator
+) -> None:
+    """One cross-entropy on the combined logits."""
+    values, labels = data
+    steps_per_epoch = len(labels) // BATCH
+    total = epochs * steps_per_epoch
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
+    )
+    model.train()
+    for _ in range(epochs):
+        order = torch.randperm(len(labels), generator=generator)
+        for rows in order.split(BATCH)[:steps_per_epoch]:
+            loss = F.cross_entropy(model(**batch_of(values, rows)).logits, labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            schedule.step()
+
+
+@torch.no_grad()
+def accuracy(model: ComposedModel, data: Split) -> float:
+    """Percent of a split."""
+    values, labels = data
+    model.eval()
+    found = [
+        model(**batch_of(values, slice(start, start + EVAL_BATCH))).logits
+        for start in range(0, len(labels), EVAL_BATCH)
+    ]
+    logits = torch.cat(found).numpy()
+    task = {"problem_type": "single_label_classification", "num_labels": logits.shape[1]}
+    return 100 * scores(logits, labels.numpy(), task=None, **task)["accuracy"]
+
+
+def run_seed(
+    source: AvMnistData, data: dict[str, Split], *, seed: int, epochs: tuple[int, int]
+) -> dict[str, dict[str, float]]:
+    """Name -> validation and test accuracy, and the seconds of processor time of its training."""
+    results: dict[str, dict[str, float]] = {}
+    trained: dict[str, ComposedModel] = {}
+
+    def fit(name: str, model: ComposedModel, count: int, rate: float) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        begin = time.process_time()
+        train(model, data["train"], epochs=count, rate=rate, generator=generator)
+        seconds = time.process_time() - begin
+        splits = {split: accuracy(model, data[split]) for split in ("validation", "test")}
+        results[name] = {**splits, "seconds": seconds}
+        trained[name] = model
+        print(f"seed {seed} {name:15} {splits['test']:6.2f}  ({seconds:.0f} s)", flush=True)
+
+    for name, (member, more) in STAGE_1.items():
+        torch.manual_seed(seed)
+        model = composed(source, {member: member_fields(source, member, more)})
+        fit(name, model, epochs[0], LEARNING_RATE)
+    for name, parts in STAGE_2.items():
+        built, fields = {}, {}
+        for part in parts:
+            member, more = STAGE_1[part]
+            fields[member] = member_fields(source, member, more)
+            copy = composed(source, {member: fields[member]})
+            copy.load_state_dict(trained[part].state_dict())
+            built[member] = copy.member(member)
+        fit(name, composed(source, fields, built), epochs[1], STAGE_2_LEARNING_RATE)
+    return results
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": deviation}
+
+
+def figures(table: dict[str, Any], by_seed: list[dict[str, Any]]) -> dict[str, float]:
+    """Differences in points of test accuracy, paired by seed."""
+    found: dict[str, float] = {}
+    for fusion in ("concat", "low_rank"):
+        for peer in ("intra", f"inter {fusion}"):
+            gains = [r[f"i2m2 {fusion}"]["test"] - r[peer]["test"] for r in by_seed]
+            found[f"i2m2_{fusion}_minus_{peer.replace(' ', '_')}_points"] = statistics.fmean(gains)
+            found[f"i2m2_{fusion}_minus_{peer.replace(' ', '_')}_std"] = spread(gains)["std"]
+    found["i2m2_concat_accuracy"] = table["i2m2 concat"]["test"]["mean"]
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--epochs", type=int, nargs=2, default=[4, 2], help="of the two stages")
+    parser.add_argument("--quick", action="store_true", help="one seed, one epoch; not stored")
+    parser.add_argument("--output", default="av_mnist", help="name of the stored result")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, print, store."""
+    options = arguments()
+    torch.set_num_threads(1)
+    source = AvMnistData(str(options.data_dir))
+    data = {split: load(source, split) for split in ("train", "validation", "test")}
+    seeds = options.seeds[:1] if options.quick else options.seeds
+    epochs = (1, 1) if options.quick else (options.epochs[0], options.epochs[1])
+    by_seed = [run_seed(source, data, seed=seed, epochs=epochs) for seed in seeds]
+    table = {
+        name: {key: spread([r[name][key] for r in by_seed]) for key in by_seed[0][name]}
+        for name in by_seed[0]
+    }
+    for name, row in table.items():
+        published = PUBLISHED.get(name.partition(" ")[0] if "i2m2" in name else name)
+        beside = f"  published {published}" if published else ""
+        print(f"{name:15} {row['test']['mean']:.2f} +- {row['test']['std']:.2f}{beside}")
+    result = {
+        "benchmark": "av_mnist",
+        "figures": figures(table, by_seed),
+        "seeds": seeds,
+        "epochs": list(epochs),
+        "rows": {split: len(labels) for split, (_, labels) in data.items()},
+        "recipe": source.info["options"],
+        "table": table,
+        "published": PUBLISHED,
+        **describe_machine(),
+    }
+    if not options.quick:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{options.output}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({k: result[k] for k in ("benchmark", "figures", "machine", "commit")}))
+
+
+if __name__ == "__main__":
+    main()
