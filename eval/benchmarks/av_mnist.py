@@ -15,6 +15,7 @@ set on the validation split with one seed. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -37,7 +38,6 @@ BATCH = 64
 EVAL_BATCH = 500
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 3e-3, 1e-2, 8.0
 STAGE_2_LEARNING_RATE = 1e-3
-NAMES = ("image", "audio", "image+audio")
 STAGE_1 = {  # name -> member, its fields
     "image": ("image", {}),
     "audio": ("audio", {}),
@@ -56,30 +56,37 @@ PUBLISHED = {  # test accuracy in percent, on the published arrays
     "i2m2": 72.38,  # Madaan et al. 2024
 }
 CHANNELS = {"image": 3, "audio": 3, "image+audio": 6}
+DIGITS = [str(digit) for digit in range(10)]
 Split = tuple[dict[str, Tensor], Tensor]
+Shapes = dict[str, tuple[int, ...]]
 
 
-def load(source: AvMnistData, split: str) -> Split:
-    """Values by modality (float32, scaled) and labels."""
-    samples = [source.to_sample(row) for row in source.stream(split)]
+def load(source: AvMnistData, split: str, *, rows: int, pool: int) -> Split:
+    """Values by modality (float32, scaled) and labels of the first `rows` rows (0: all).
+
+    The spectrogram is averaged over squares of `pool` places.
+    """
+    stream = itertools.islice(source.stream(split), rows or None)
+    samples = [source.to_sample(row) for row in stream]
     values = {}
     for name in source.modalities:
         stack = np.stack([sample.payload[name].array() for sample in samples])
         values[name] = torch.from_numpy(stack.astype(np.float32)) / source.arrays[name]["scale"]
+    values["audio"] = F.avg_pool2d(values["audio"], pool)
     return values, torch.tensor([sample.label for sample in samples])
 
 
-def member_fields(source: AvMnistData, member: str, more: dict[str, Any]) -> dict[str, Any]:
+def member_fields(shapes: Shapes, member: str, more: dict[str, Any]) -> dict[str, Any]:
     """The configuration of one member: LeNets, fusion, and a head with one hidden layer of 100."""
     modalities = member.split("+")
     config = MultimodalMoEConfig(
         backbone="small",
         backbone_config={
-            "arrays": {name: dict(source.arrays[name]) for name in modalities},
+            "arrays": {name: {"shape": list(shapes[name])} for name in modalities},
             "towers": {name: {"channels": CHANNELS[member]} for name in modalities},
         },
         modalities=modalities,
-        label_names=list(source.label_names),
+        label_names=DIGITS,
         head_hidden_size=100,
         feature_norm=False,
         **more,
@@ -88,14 +95,10 @@ def member_fields(source: AvMnistData, member: str, more: dict[str, Any]) -> dic
 
 
 def composed(
-    source: AvMnistData,
-    members: dict[str, dict[str, Any]],
-    built: dict[str, MultimodalMoEModel] | None = None,
+    members: dict[str, dict[str, Any]], built: dict[str, MultimodalMoEModel] | None = None
 ) -> ComposedModel:
     """The product of these members."""
-    config = ComposedConfig(
-        modalities=source.modalities, members=members, label_names=list(source.label_names)
-    )
+    config = ComposedConfig(modalities=["image", "audio"], members=members, label_names=DIGITS)
     return ComposedModel(config, members=built)
 
 
@@ -144,9 +147,10 @@ def accuracy(model: ComposedModel, data: Split) -> float:
 
 
 def run_seed(
-    source: AvMnistData, data: dict[str, Split], *, seed: int, epochs: tuple[int, int]
+    data: dict[str, Split], *, seed: int, epochs: tuple[int, int]
 ) -> dict[str, dict[str, float]]:
     """Name -> validation and test accuracy, and the seconds of processor time of its training."""
+    shapes: Shapes = {name: tuple(x.shape[1:]) for name, x in data["train"][0].items()}
     results: dict[str, dict[str, float]] = {}
     trained: dict[str, ComposedModel] = {}
 
@@ -162,17 +166,17 @@ def run_seed(
 
     for name, (member, more) in STAGE_1.items():
         torch.manual_seed(seed)
-        model = composed(source, {member: member_fields(source, member, more)})
+        model = composed({member: member_fields(shapes, member, more)})
         fit(name, model, epochs[0], LEARNING_RATE)
     for name, parts in STAGE_2.items():
         built, fields = {}, {}
         for part in parts:
             member, more = STAGE_1[part]
-            fields[member] = member_fields(source, member, more)
-            copy = composed(source, {member: fields[member]})
+            fields[member] = member_fields(shapes, member, more)
+            copy = composed({member: fields[member]})
             copy.load_state_dict(trained[part].state_dict())
             built[member] = copy.member(member)
-        fit(name, composed(source, fields, built), epochs[1], STAGE_2_LEARNING_RATE)
+        fit(name, composed(fields, built), epochs[1], STAGE_2_LEARNING_RATE)
     return results
 
 
@@ -200,9 +204,37 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--epochs", type=int, nargs=2, default=[4, 2], help="of the two stages")
+    parser.add_argument("--train_rows", type=int, default=0, help="first so many; 0: all")
+    parser.add_argument("--validation_rows", type=int, default=0)
+    parser.add_argument("--test_rows", type=int, default=0)
+    parser.add_argument("--audio_pool", type=int, default=1, help="places averaged, each way")
+    parser.add_argument(
+        "--partial", type=Path, help="file that keeps finished seeds; a second run goes on with it"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch; not stored")
     parser.add_argument("--output", default="av_mnist", help="name of the stored result")
     return parser.parse_args()
+
+
+def all_seeds(
+    options: argparse.Namespace, data: dict[str, Split], epochs: tuple[int, int]
+) -> dict[str, dict[str, Any]]:
+    """Seed -> its results; finished seeds are read from the partial file."""
+    done: dict[str, dict[str, Any]] = {}
+    key = json.dumps([str(options.data_dir), options.audio_pool, epochs, _rows(data)])
+    if options.partial and options.partial.is_file():
+        kept = json.loads(options.partial.read_text())
+        done = kept["seeds"] if kept["key"] == key else {}
+    for seed in options.seeds[:1] if options.quick else options.seeds:
+        if str(seed) not in done:
+            done[str(seed)] = run_seed(data, seed=seed, epochs=epochs)
+        if options.partial:
+            options.partial.write_text(json.dumps({"key": key, "seeds": done}))
+    return done
+
+
+def _rows(data: dict[str, Split]) -> dict[str, int]:
+    return {split: len(labels) for split, (_, labels) in data.items()}
 
 
 def main() -> None:
@@ -210,26 +242,31 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
     source = AvMnistData(str(options.data_dir))
-    data = {split: load(source, split) for split in ("train", "validation", "test")}
-    seeds = options.seeds[:1] if options.quick else options.seeds
+    data = {
+        split: load(source, split, rows=getattr(options, f"{split}_rows"), pool=options.audio_pool)
+        for split in ("train", "validation", "test")
+    }
     epochs = (1, 1) if options.quick else (options.epochs[0], options.epochs[1])
-    by_seed = [run_seed(source, data, seed=seed, epochs=epochs) for seed in seeds]
+    done = all_seeds(options, data, epochs)
+    by_seed = list(done.values())
     table = {
         name: {key: spread([r[name][key] for r in by_seed]) for key in by_seed[0][name]}
         for name in by_seed[0]
     }
     for name, row in table.items():
-        published = PUBLISHED.get(name.partition(" ")[0] if "i2m2" in name else name)
+        published = PUBLISHED.get("i2m2" if name.startswith("i2m2") else name)
         beside = f"  published {published}" if published else ""
         print(f"{name:15} {row['test']['mean']:.2f} +- {row['test']['std']:.2f}{beside}")
     result = {
         "benchmark": "av_mnist",
         "figures": figures(table, by_seed),
-        "seeds": seeds,
+        "seeds": [int(seed) for seed in done],
         "epochs": list(epochs),
-        "rows": {split: len(labels) for split, (_, labels) in data.items()},
+        "rows": _rows(data),
+        "audio_pool": options.audio_pool,
         "recipe": source.info["options"],
         "table": table,
+        "by_seed": done,
         "published": PUBLISHED,
         **describe_machine(),
     }

@@ -69,7 +69,8 @@ class AvMnistRaw(RawDataSet):
         snr_db: power of the speech over that of the noise.
         audio_size: bins and frames of the spectrogram; 112 are the published ones.
         train_rows: only the first so many training rows; 0: all.
-        test_rows: likewise, of test.
+        validation_rows: likewise.
+        test_rows: likewise.
         seed: of the noise; each row's noise depends on it and on the row's number.
 
     Raises:
@@ -99,6 +100,7 @@ class AvMnistRaw(RawDataSet):
         snr_db: float = 3.0,
         audio_size: int = 112,
         train_rows: int = 0,
+        validation_rows: int = 0,
         test_rows: int = 0,
         seed: int = 0,
     ) -> None:
@@ -110,17 +112,22 @@ class AvMnistRaw(RawDataSet):
             raise ConfigError(f"av_mnist: unknown audio_split {audio_split!r}; {known}")
         if not 1 <= components <= SIDE**2:
             raise ConfigError(f"av_mnist: components ({components}) must lie in 1 to {SIDE**2}.")
-        if audio_size < 8 or min(train_rows, test_rows) < 0:
+        if audio_size < 8 or min(train_rows, validation_rows, test_rows) < 0:
             raise ConfigError(
-                f"av_mnist: audio_size ({audio_size}) must be at least 8, train_rows "
-                f"({train_rows}) and test_rows ({test_rows}) at least 0 (all)."
+                f"av_mnist: audio_size ({audio_size}) must be at least 8, and train_rows "
+                f"({train_rows}), validation_rows ({validation_rows}) and test_rows ({test_rows}) "
+                "at least 0 (all)."
             )
         self.kinds = {"image": ARRAYS, "audio": ARRAYS}
         self.scales = {"image": PIXEL, "audio": PIXEL}
         self.label_names = tuple(map(str, range(10)))
         self.components, self.audio_split, self.noise = components, audio_split, noise
         self.snr_db, self.audio_size, self.seed = float(snr_db), audio_size, seed
-        self.limits = {"train": train_rows, "test": test_rows}
+        self.limits = {
+            "train": train_rows,
+            "validation": validation_rows,
+            "test": test_rows,
+        }
         files = ["mnist_train.npz", "mnist_test.npz", "fsdd.parquet"]
         files += ["esc10_8khz.parquet"] if noise == "esc10" else []
         self.files = [self.need(name) for name in files]
@@ -142,8 +149,7 @@ class AvMnistRaw(RawDataSet):
             "noise": self.noise,
             "snr_db": self.snr_db,
             "audio_size": self.audio_size,
-            "train_rows": self.limits["train"],
-            "test_rows": self.limits["test"],
+            **{f"{split}_rows": limit for split, limit in self.limits.items()},
             "seed": self.seed,
         }
 
@@ -157,7 +163,7 @@ class AvMnistRaw(RawDataSet):
             found = _digits(self.files[1])
         basis = LeadingComponents(fitted, count=self.components)
         found = {key: value[span[split]] for key, value in found.items()}
-        limit = self.limits.get(split) or len(found["label"])
+        limit = self.limits[split] or len(found["label"])
         recordings = self._recordings(split, set(map(int, found["label"][:limit])) & set(range(10)))
         noises = self._noises(split)
         spoken = dict.fromkeys(recordings, 0)
