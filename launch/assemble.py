@@ -7,17 +7,17 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from launch.cli import Settings
-from launch.interaction_experts import interaction_fields
 from launch.interaction_flags import training_interactions
+from launch.members import composed_config, composed_model
+from launch.model_config import model_config
 from launch.scoring import Scorer, train_prior
 from launch.tables import read_tables
-from mm_moe.arguments import FLAG_OF_SETTING, ModelArguments, parse_json
+from mm_moe.arguments import ModelArguments
 from mm_moe.batch import base_modality
 from mm_moe.data.collate import Collator
 from mm_moe.data.missing import MissingProtocol
@@ -26,119 +26,40 @@ from mm_moe.data.streaming import SampleStream
 from mm_moe.data.table import MissingTable
 from mm_moe.errors import ConfigError
 from mm_moe.models.building import build_model
-from mm_moe.models.configuration import MultimodalMoEConfig
-from mm_moe.models.modeling import MultimodalMoEModel
+from mm_moe.models.composed_configuration import ComposedConfig
+from mm_moe.models.folder import AnyConfig, AnyModel
 from mm_moe.models.processing import processors_for, save_processors
 from mm_moe.models.take_head import take_head
 from mm_moe.moe.parallel import make_expert_parallel
-from mm_moe.registry import BACKBONES, OBJECTIVES
+from mm_moe.registry import OBJECTIVES
 from mm_moe.training import runtime
 from mm_moe.training.trainer import MultimodalTrainer
 
 INITIAL_BATCH = 32  # samples that are embedded at once to start a prompt
 
 
-def moe_settings(moe: Any) -> dict[str, Any] | None:
-    """The sparse layers' settings as a plain dict, from `MoEArguments` or the bare flags.
-
-    `num_experts` is a list where it differs between layers; `expert_settings` reads both forms.
-    """
-    if not moe.moe_enable:
-        return None
-    flags = {setting: getattr(moe, flag) for setting, flag in FLAG_OF_SETTING.items()}
-    if len(moe.num_experts) == 1:
-        flags["num_experts"] = moe.num_experts[0]
-    return {**flags, **parse_json("moe_config", moe.moe_config)}
+def run_config(settings: Settings, source: DataSource, *, prompt: str) -> AnyConfig:
+    """The configuration of the run's model: of one model, or of several members."""
+    if settings.model.experts_over:
+        return composed_config(settings, source, prompt=prompt)
+    return model_config(settings, source, prompt=prompt)
 
 
-def model_config(settings: Settings, source: DataSource, *, prompt: str) -> MultimodalMoEConfig:
-    """The model's configuration; the same settings always give the same one."""
-    places = {
-        name: value
-        for name in ("moe_mode", "moe_every")
-        if (value := getattr(settings.moe, name)) is not None
-    }
-    same_prompt = prompt == settings.prompt.prompt
-    return MultimodalMoEConfig(
-        backbone=settings.model.backbone,
-        backbone_config=backbone_settings(settings, source),
-        modalities=list(source.modalities),
-        moe=moe_settings(settings.moe),
-        moe_layers=settings.moe.moe_layers_idx,
-        **places,
-        prompt=prompt,
-        prompt_config=parse_json("prompt_config", settings.prompt.prompt_config)
-        if same_prompt
-        else {},
-        lora=lora_fields(settings.model),
-        feature_norm=settings.model.feature_norm,
-        upcycle_noise=settings.moe.upcycle_noise,
-        upcycle_drop=settings.moe.upcycle_drop,
-        interaction_experts=interaction_fields(settings.moe),
-        **label_fields(source),
-    )
-
-
-def backbone_settings(settings: Settings, source: DataSource) -> dict[str, Any]:
-    """The backbone's own settings, with the widths of feature sequences from the data.
-
-    Raises:
-        ConfigError: sequences or arrays for a backbone that takes none.
-    """
-    given = parse_json("backbone_config", settings.model.backbone_config)
-    backbone_class = BACKBONES.resolve(settings.model.backbone)
-    if source.arrays and not backbone_class.takes_arrays:
-        raise ConfigError(
-            f"data set {source.name!r} holds arrays ({', '.join(source.arrays)}), which backbone "
-            f"{settings.model.backbone!r} does not take; take --backbone small."
-        )
-    if not (source.sequences or source.arrays):
-        return given
-    if source.sequences and not backbone_class.takes_sequences:
-        raise ConfigError(
-            f"data set {source.name!r} holds feature sequences ({', '.join(source.sequences)}), "
-            f"which backbone {settings.model.backbone!r} does not take; take --backbone sequences."
-        )
-    found: dict[str, Any] = {}
-    if source.sequences:
-        found["sequences"] = {name: dict(about) for name, about in source.sequences.items()}
-    if source.arrays:
-        found["arrays"] = {name: dict(about) for name, about in source.arrays.items()}
-    return {**found, **given}
-
-
-def label_fields(source: DataSource) -> dict[str, Any]:
-    """The configuration fields of the head: classes, one number, or no head at all."""
-    if source.problem_type == "none":
-        return {"num_labels": 0}
-    if source.problem_type == "regression":
-        return {"num_labels": 1, "problem_type": source.problem_type}
-    return {"label_names": list(source.label_names), "problem_type": source.problem_type}
-
-
-def dense_model(settings: Settings, config: MultimodalMoEConfig) -> MultimodalMoEModel:
+def dense_model(settings: Settings, config: AnyConfig) -> AnyModel:
     """A single-process model with all experts, the same on every rank."""
     set_seed(settings.training.seed)
-    model = build_model(config, pretrained=settings.model.pretrained)
-    if settings.model.keep_head:
-        take_head(model, str(settings.model.pretrained))
+    model: AnyModel
+    if isinstance(config, ComposedConfig):
+        model = composed_model(settings, config)
+    else:
+        model = build_model(config, pretrained=settings.model.pretrained)
+        if settings.model.keep_head:
+            take_head(model, str(settings.model.pretrained))
     model.freeze(
         lock=locked_towers(settings.model, model.modalities),
         unlock_blocks=settings.model.unlock_blocks,
     )
     return model
-
-
-def lora_fields(model: ModelArguments) -> dict[str, Any] | None:
-    """The adapters that the flags ask for."""
-    if model.lora_r == 0:
-        return None
-    return {
-        "r": model.lora_r,
-        "alpha": model.lora_alpha,
-        "dropout": model.lora_dropout,
-        "target": model.lora_target,
-    }
 
 
 def locked_towers(model: ModelArguments, modalities: tuple[str, ...]) -> tuple[str, ...]:
@@ -168,7 +89,7 @@ class Run:
 
     settings: Settings
     source: DataSource
-    model: MultimodalMoEModel
+    model: AnyModel
     scorer: Scorer
     trainer: MultimodalTrainer = field(init=False)
 
@@ -210,7 +131,8 @@ class Run:
 
         Their number and order do not depend on the number of processes.
         """
-        wanted, training = self.model.prompt.initial_samples, self.settings.training
+        wanted = max(prompt.initial_samples for prompt in self.model.prompts)
+        training = self.settings.training
         if not wanted:
             return
         stream = SampleStream(
@@ -251,7 +173,8 @@ def learning_rate_scale(scale: float) -> Callable[[str], float]:
     """Factor for the parts that start from nothing: prompts and head."""
 
     def of(name: str) -> float:
-        return scale if name.startswith(("prompt.", "head.")) else 1.0
+        own = name.split(".", 2)[-1] if name.startswith("members.") else name
+        return scale if own.startswith(("prompt.", "head.")) else 1.0
 
     return of
 
@@ -265,7 +188,7 @@ def prepare_run(
     callbacks: list[TrainerCallback],
 ) -> Run:
     """Build the model, spread its experts over `ep_size` processes and make its trainer."""
-    model = dense_model(settings, model_config(settings, source, prompt=prompt))
+    model = dense_model(settings, run_config(settings, source, prompt=prompt))
     make_expert_parallel(model, ep_size=ep_size, backend=settings.moe.moe_backend)
     processors = processors_for(
         model.config, source=settings.model.tokenizer or settings.model.pretrained

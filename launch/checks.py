@@ -15,7 +15,7 @@ from mm_moe.checkpoint import hub, store
 from mm_moe.data.missing import MissingProtocol, kinds_for
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import CheckpointError, ConfigError, DataError
-from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.models.folder import config_of
 from mm_moe.registry import BACKBONES, DATASETS, OBJECTIVES, PROMPTS, ROUTERS
 from mm_moe.training import runtime
 from mm_moe.training.deepspeed_config import check_deepspeed_config, read_deepspeed_config
@@ -47,6 +47,7 @@ def check_json(values: argparse.Namespace) -> None:
     """
     for flag in (
         "backbone_config",
+        "members_config",
         "moe_config",
         "prompt_config",
         "dataset_options",
@@ -223,20 +224,30 @@ def check_same_model(resume: Path, config: dict[str, Any]) -> None:
         CheckpointError: lists the settings that differ.
     """
     stored = json.loads((resume / "config.json").read_text())
-    saved = MultimodalMoEConfig.from_dict(stored).to_dict()  # fields newer than it have defaults
-    keys = ["backbone", "backbone_config", "modalities", "moe", "moe_layers", "moe_mode"]
-    keys += ["moe_every", "lora", "prompt", "prompt_config", "num_labels", "problem_type"]
-    keys += ["feature_norm"]
+    saved, ours = _settings_of(stored), _settings_of(config)
     differing = [
-        f"{key} was {saved.get(key)!r}, is {config.get(key)!r}"
-        for key in keys
-        if json.loads(json.dumps(config.get(key))) != json.loads(json.dumps(saved.get(key)))
+        f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}"
+        for key in {**saved, **ours}
+        if saved.get(key) != ours.get(key)
     ]
     if differing:
         raise CheckpointError(
             f"{str(resume)!r} belongs to another model: {'; '.join(differing)}. "
             "Resume with the settings of that run."
         )
+
+
+def _settings_of(fields: dict[str, Any]) -> dict[str, Any]:
+    """What makes a model the one it is, as JSON has it; of members under "<member>: <setting>"."""
+    full = config_of(fields).to_dict()  # fields newer than a checkpoint have defaults
+    keys = ["backbone", "backbone_config", "modalities", "moe", "moe_layers", "moe_mode"]
+    keys += ["moe_every", "lora", "prompt", "prompt_config", "num_labels", "problem_type"]
+    keys += ["fusion", "fusion_rank", "fusion_size", "head_hidden_size", "feature_norm"]
+    keys += ["combine", "frozen"]
+    found = {key: full[key] for key in keys if key in full}
+    for name, own in full.get("members", {}).items():
+        found |= {f"{name}: {key}": value for key, value in _settings_of(own).items()}
+    return json.loads(json.dumps(found))
 
 
 def push_target(values: argparse.Namespace) -> str | None:

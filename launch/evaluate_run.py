@@ -31,7 +31,7 @@ from mm_moe.checkpoint import store
 from mm_moe.data.schema import DataSource
 from mm_moe.data.table import MissingTable
 from mm_moe.errors import CheckpointError, ConfigError
-from mm_moe.models.modeling import MultimodalMoEModel
+from mm_moe.models.folder import load_model
 from mm_moe.models.processing import processors_for
 from mm_moe.registry import DATASETS
 from mm_moe.training.predict import Predictions
@@ -151,9 +151,9 @@ def main(argv: list[str]) -> int:
     folder = find_model(options.run, options.checkpoint)
     source = open_data(saved, options)
     tables = stored_tables(saved, options, source)
-    model = MultimodalMoEModel.from_pretrained(folder)
+    model = load_model(folder)
     if torch.cuda.is_available() and not options.use_cpu:
-        model.to("cuda")
+        torch.nn.Module.to(model, "cuda")
     scorer = Scorer(
         model,
         source,

@@ -20,6 +20,7 @@ from launch.scoring import train_prior
 from launch.tables import describe_tables, mask_keys
 from mm_moe.checkpoint import hub
 from mm_moe.data.table import MissingTable
+from mm_moe.models.composed_configuration import ComposedConfig
 from mm_moe.training import runtime
 
 PACKAGES = (
@@ -185,4 +186,7 @@ def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> No
 
 
 def _title(run: Run) -> str:
+    config = run.model.config
+    if isinstance(config, ComposedConfig):
+        return f"{config.combine} of {', '.join(config.experts)}"
     return "no prompts" if run.model.config.prompt == "none" else run.model.config.prompt

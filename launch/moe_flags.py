@@ -11,9 +11,9 @@ import logging
 import math
 from typing import Any
 
-from launch.assemble import moe_settings
 from launch.checks import typed_flags
 from launch.cli import read_recipe
+from launch.model_config import moe_settings
 from mm_moe.arguments import FLAG_OF_SETTING, parse_json
 from mm_moe.errors import ConfigError, ParallelismError
 from mm_moe.models.configuration import MOE_MODES, expert_settings

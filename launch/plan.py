@@ -108,6 +108,11 @@ def main(argv: list[str]) -> int:
     recipe = RecipeParser()
     values = recipe.namespace(words)
     check_machine(options)
+    if values.experts_over:
+        raise ConfigError(
+            "the planner knows models of one member; plan each member by itself, without "
+            "--experts_over, and add them up."
+        )
     from launch.plan_report import report
     from launch.planning import Machine, Planner, host_memory
     from launch.run import check

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from launch.assemble import dense_model, model_config
+from launch.assemble import dense_model
 from launch.cli import Settings
+from launch.model_config import model_config
 from mm_moe.backbones import blip2
 from mm_moe.backbones.library import first_line, json_fields
 from mm_moe.data.schema import DataSource
@@ -73,7 +74,9 @@ def meta_model(settings: Settings, config: MultimodalMoEConfig) -> MultimodalMoE
     """The model as training builds it, without storage, with all experts."""
     without = replace(settings, model=replace(settings.model, pretrained=None))
     with torch.device("meta"):
-        return dense_model(without, copy.deepcopy(config))
+        model = dense_model(without, copy.deepcopy(config))
+    assert isinstance(model, MultimodalMoEModel), "members are refused before"
+    return model
 
 
 def shard(model: MultimodalMoEModel, *, ep_size: int) -> MultimodalMoEModel:

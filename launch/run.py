@@ -13,7 +13,14 @@ import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from finetune.interaction_view import view_of
-from launch import checks, interaction_experts, interaction_flags, model_flags, moe_flags
+from launch import (
+    checks,
+    interaction_experts,
+    interaction_flags,
+    members,
+    model_flags,
+    moe_flags,
+)
 from launch.assemble import Run, for_comparison, prepare_run
 from launch.cli import RecipeParser, Settings
 from launch.finish import finish_run, write_run_file
@@ -145,6 +152,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     interaction_flags.check_interactions(values, source)
     source = view_of(source, vars(values))
     ep_size = interaction_experts.interaction_layout(values, source, ep_size=ep_size)
+    members.check_members(values, source)
     resume = checks.resume_point(values)
     checks.check_output(values, resume=resume)
     settle_tables(values, checks.typed_flags(argv), source)

@@ -111,6 +111,39 @@ class ModelArguments:
         default=True,
         metadata={"help": "Bring each feature to mean 0 and variance 1 before the head."},
     )
+    fusion: str = field(
+        default="concat",
+        metadata={"help": "How features meet before the head: concat or low_rank."},
+    )
+    fusion_rank: int = field(default=40, metadata={"help": "Factors of the low-rank tensor."})
+    fusion_size: int = field(
+        default=120, metadata={"help": "Width of what the low-rank tensor gives."}
+    )
+    head_hidden_size: int = field(
+        default=0, metadata={"help": "Width of a hidden layer in the head; 0: none."}
+    )
+    experts_over: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Members of a composed model, each over one modality or several joined by +: "
+            "image audio image+audio."
+        },
+    )
+    combine: str = field(
+        default="product",
+        metadata={"help": "How members' predictions become one: product, mixture or mean."},
+    )
+    members_config: str | None = field(
+        default=None,
+        metadata={"help": "JSON object: member (or gate, of a mixture) -> its own options."},
+    )
+    init_members: list[str] | None = field(
+        default=None,
+        metadata={"help": "MEMBER=RUN: start members from finished runs, as they were trained."},
+    )
+    freeze_members: list[str] | None = field(
+        default=None, metadata={"help": "Members that are not trained."}
+    )
     lock_image: bool = field(
         default=False, metadata={"help": "Freeze the dense weights of the image tower."}
     )

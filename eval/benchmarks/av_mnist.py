@@ -71,7 +71,9 @@ def load(source: AvMnistData, split: str, *, rows: int, pool: int) -> Split:
     values = {}
     for name in source.modalities:
         stack = np.stack([sample.payload[name].array() for sample in samples])
-        values[name] = torch.from_numpy(stack.astype(np.float32)) / source.arrays[name]["scale"]
+        values[name] = (
+            torch.from_numpy(stack.astype(np.float32)) / source.array_shapes[name]["scale"]
+        )
     values["audio"] = F.avg_pool2d(values["audio"], pool)
     return values, torch.tensor([sample.label for sample in samples])
 

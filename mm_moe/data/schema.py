@@ -52,7 +52,7 @@ class DataSource(ABC):
         unlabelled: split -> why it cannot be scored.
         sequences: modality -> {"width", "length", "mean", "std"} where the payload is a sequence of
             features (an array (T, width), or its float32 bytes).
-        arrays: modality -> {"shape", "scale"} where the payload is a `PackedArray` of one shape,
+        array_shapes: modality -> {"shape", "scale"} where the payload is a `PackedArray` of one shape,
             whose values a model divides by the scale.
     """
 
@@ -64,7 +64,7 @@ class DataSource(ABC):
     task: str | None = None
     unlabelled: Mapping[str, str] = MappingProxyType({})
     sequences: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
-    arrays: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    array_shapes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, data_dir: str | None = None) -> None:
         self.data_dir = None if data_dir is None else Path(data_dir).expanduser()

@@ -10,8 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from mm_moe.errors import CheckpointError
-from mm_moe.models.configuration import MultimodalMoEConfig
-from mm_moe.models.modeling import MultimodalMoEModel
+from mm_moe.models.folder import config_of, new_model
 from mm_moe.models.shapes import shape_difference
 
 WEIGHTS = "model.safetensors"
@@ -32,7 +31,7 @@ def check_folder(folder: Path) -> None:
             f"{str(folder / 'config.json')!r} cannot be read: {error}; take another checkpoint-N."
         ) from error
     with torch.device("meta"):
-        model = MultimodalMoEModel(MultimodalMoEConfig.from_dict(fields))
+        model = new_model(config_of(fields))
     expected = {name: entry.shape for name, entry in model.state_dict().items()}
     found = _shapes(file)
     for name in expected | found:

@@ -172,6 +172,11 @@ class MultimodalMoEModel(PreTrainedModel):
             model.anchor_prompt()
         return (model, info) if wants_info else model
 
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """The prompt, as the one of every part of the model."""
+        return (self.prompt,)
+
     def sparse_layers(self) -> dict[str, MoELayer]:
         """The sparse layers by the names of their routing records."""
         return self.backbone.sparse_layers()

@@ -26,6 +26,7 @@ from mm_moe.backbones.base import ProcessorNeeds
 from mm_moe.backbones.clip_small import SMALL_CLIP_FOLDER
 from mm_moe.batch import IMAGE, TEXT, base_modality
 from mm_moe.errors import ConfigError
+from mm_moe.models.composed_configuration import ComposedConfig
 from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.models.sequence_processing import ArrayProcessor, SequenceProcessor
 from mm_moe.registry import BACKBONES
@@ -98,7 +99,7 @@ class TextProcessor:
 
 
 def processors_for(
-    config: MultimodalMoEConfig, *, source: str | None = None
+    config: MultimodalMoEConfig | ComposedConfig, *, source: str | None = None
 ) -> dict[str, Processor]:
     """One processor per modality of a model.
 
@@ -113,6 +114,8 @@ def processors_for(
     Raises:
         ConfigError: no tokenizer is found, or one with more tokens than the model has room for.
     """
+    if isinstance(config, ComposedConfig):
+        return _processors_of_members(config, source)
     needs = BACKBONES.resolve(config.backbone).processor_needs(config.backbone_config)
     places = [place for place in (source, config.name_or_path, needs.source) if place]
     makers: dict[str, Callable[[list[str], ProcessorNeeds], Processor]] = {
@@ -128,6 +131,43 @@ def processors_for(
         else:
             found[name] = makers[base_modality(name)](places, needs)
     return found
+
+
+def _processors_of_members(config: ComposedConfig, source: str | None) -> dict[str, Processor]:
+    """Those of the first member that has a modality."""
+    found: dict[str, Processor] = {}
+    for name in config.members:
+        own = config.member_config(name)
+        if set(own.modalities) <= set(found):
+            continue
+        own.name_or_path = own.name_or_path or config.name_or_path
+        found = {**processors_for(own, source=source), **found}
+    return found
+
+
+def check_same_inputs(config: ComposedConfig) -> None:
+    """Refuse members that want one modality in different forms: they share its payload.
+
+    Raises:
+        ConfigError: names the modality and the members.
+    """
+    seen: dict[str, tuple[str, Any]] = {}
+    for name in config.members:
+        own = config.member_config(name)
+        needs = BACKBONES.resolve(own.backbone).processor_needs(own.backbone_config)
+        for modality in own.modalities:
+            form: Any = needs.sequences.get(modality) or needs.arrays.get(modality)
+            if form is None and base_modality(modality) == IMAGE:
+                form = (needs.image_size, needs.image_mean, needs.image_std)
+            elif form is None:
+                form = (needs.max_text_tokens, needs.vocab_size)
+            first, theirs = seen.setdefault(modality, (name, form))
+            if theirs != form:
+                raise ConfigError(
+                    f"members {first!r} and {name!r} share the payload of {modality!r} and want "
+                    f"it differently ({theirs} and {form}); give them backbones with the same "
+                    "input."
+                )
 
 
 def save_processors(processors: dict[str, Processor], folder: Path) -> None:

@@ -60,8 +60,8 @@ class MultimodalTrainer(Trainer):
         stream = make_stream(0)  # the library only looks whether there are data sets
         super().__init__(train_dataset=stream, eval_dataset=stream, **kwargs)
         self.model_accepts_loss_kwargs = False  # the objective averages over its own rows
-        backbone: Any = self.model.backbone
-        self.bias_update = BiasUpdate(backbone.sparse_layers())
+        whole: Any = self.model
+        self.bias_update = BiasUpdate(whole.sparse_layers())
         self.add_callback(self.bias_update)
 
     def train(  # type: ignore[override]

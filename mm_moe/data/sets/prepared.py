@@ -61,7 +61,7 @@ class PreparedData(DataSource):
             for name, about in self.info["modalities"].items()
             if about["kind"] == "sequence"
         }
-        self.arrays = {
+        self.array_shapes = {
             name: {key: about[key] for key in ("shape", "scale")}
             for name, about in self.info["modalities"].items()
             if about["kind"] == "array"

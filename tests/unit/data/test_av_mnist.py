@@ -74,7 +74,7 @@ def test_prepared_rows_come_back(tmp_path):
         "scale": 255.0,
     }
     source = AvMnistData(str(tmp_path / "out"))
-    assert source.arrays["image"] == {"shape": [28, 28], "scale": 255.0}
+    assert source.array_shapes["image"] == {"shape": [28, 28], "scale": 255.0}
     found = [source.to_sample(row) for row in source.stream("test")]
     for sample, row in zip(found, raw.rows("test"), strict=True):
         assert sample.label == row.label

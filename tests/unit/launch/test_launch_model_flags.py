@@ -5,8 +5,8 @@ import json
 import open_clip
 import pytest
 
-from launch.assemble import model_config
 from launch.cli import RecipeParser
+from launch.model_config import model_config
 from launch.model_flags import settle_model
 from mm_moe.backbones.openclip import OpenClipBackbone
 from mm_moe.data.sets.emoji import EmojiData

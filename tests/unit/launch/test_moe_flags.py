@@ -5,8 +5,8 @@ import logging
 import pytest
 
 from launch import moe_flags
-from launch.assemble import moe_settings
 from launch.cli import RecipeParser
+from launch.model_config import moe_settings
 from mm_moe.errors import ConfigError, ParallelismError
 from mm_moe.models.configuration import expert_settings
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from launch.assemble import locked_towers, lora_fields
+from launch.assemble import locked_towers
+from launch.model_config import lora_fields
 from mm_moe.arguments import ModelArguments
 from mm_moe.errors import ConfigError
 from mm_moe.models import MultimodalMoEConfig, MultimodalMoEModel, build_model
