@@ -51,8 +51,8 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     known = (MultimodalMoEConfig.model_type, ComposedConfig.model_type)
     if fields.get("model_type") not in known:
         raise CheckpointError(
-            f"{str(folder)!r} holds a model of type {fields.get('model_type')!r}; it must be one "
-            f"of {', '.join(known)}."
+            f"{str(folder)!r} holds no model of this library (model_type "
+            f"{fields.get('model_type')!r}, not {' or '.join(known)}); name a run's final/."
         )
     return fields
 
