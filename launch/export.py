@@ -13,8 +13,8 @@ from pathlib import Path
 from launch.cli import ProgramParser, run_program
 from mm_moe.checkpoint import hub, store
 from mm_moe.errors import CheckpointError, ConfigError
+from mm_moe.models.folder import load_model
 from mm_moe.models.mismatch import check_folder
-from mm_moe.models.modeling import MultimodalMoEModel
 
 # What resumes a run but does not belong into a published model.
 RESUME_ONLY = (
@@ -58,7 +58,7 @@ def write_folder(source: Path, output: Path, *, run: Path, merge: bool) -> None:
         dirs_exist_ok=True,
     )
     if merge:
-        model = MultimodalMoEModel.from_pretrained(source)
+        model = load_model(source)
         model.merge_lora()
         model.save_pretrained(output)
     if (run / "run.json").is_file():

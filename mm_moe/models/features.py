@@ -43,7 +43,9 @@ def frozen_features(model: MultimodalMoEModel, batches: Iterable[Batch]) -> Froz
         ids += batch.ids
         for m, name in enumerate(model.modalities):
             present_B = batch.present[:, m].numpy()
-            found_BD = np.full((len(batch.ids), model.backbone.out_width), np.nan, dtype=np.float32)
+            found_BD = np.full(
+                (len(batch.ids), model.backbone.feature_width(name)), np.nan, dtype=np.float32
+            )
             if name in batch.inputs:
                 payload = {key: value.to(device) for key, value in batch.inputs[name].items()}
                 feature_ND, _ = model.backbone.encode(name, payload)
