@@ -78,7 +78,8 @@ def check_merge(source: Path, output: Path | None) -> None:
     """
     if output is None:
         raise ConfigError("--merge_lora makes another model; say where with --output DIR.")
-    if json.loads((source / "config.json").read_text()).get("lora") is None:
+    fields = json.loads((source / "config.json").read_text())
+    if not any(part.get("lora") for part in (fields, *fields.get("members", {}).values())):
         raise ConfigError(f"{str(source)!r} has no LoRA adapters; leave --merge_lora out.")
 
 
