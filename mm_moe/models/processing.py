@@ -134,7 +134,7 @@ def processors_for(
 
 
 def _processors_of_members(config: ComposedConfig, source: str | None) -> dict[str, Processor]:
-    """Those of the first member that has a modality."""
+    """Those of the first member that has a modality; of one that no member has, nothing is kept."""
     found: dict[str, Processor] = {}
     for name in config.members:
         own = config.member_config(name)
@@ -142,7 +142,12 @@ def _processors_of_members(config: ComposedConfig, source: str | None) -> dict[s
             continue
         own.name_or_path = own.name_or_path or config.name_or_path
         found = {**processors_for(own, source=source), **found}
-    return found
+    return {**dict.fromkeys(config.modalities, _count_rows), **found}
+
+
+def _count_rows(rows: list[Any]) -> dict[str, Tensor]:
+    """Rows (N, 0) of a modality that nobody reads."""
+    return {"rows": torch.zeros(len(rows), 0)}
 
 
 def check_same_inputs(config: ComposedConfig) -> None:

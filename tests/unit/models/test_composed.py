@@ -8,7 +8,7 @@ from mm_moe.errors import ConfigError
 from mm_moe.models import ComposedConfig, ComposedModel, MultimodalMoEConfig
 from mm_moe.models.combine import members_in_use, mixture_of_experts, product_of_experts
 from mm_moe.models.folder import load_model
-from mm_moe.models.processing import check_same_inputs
+from mm_moe.models.processing import check_same_inputs, processors_for
 
 torch.set_num_threads(1)
 ARRAYS = {"image": {"shape": [4]}, "audio": {"shape": [3]}}
@@ -187,3 +187,14 @@ def test_members_that_want_other_inputs_are_named():
     config = ComposedConfig(modalities=MODALITIES, members=members, num_labels=3)
     with pytest.raises(ConfigError, match=r"'image' and 'image\+audio' share the payload"):
         check_same_inputs(config)
+
+
+def test_a_modality_that_no_member_reads_is_only_counted():
+    model = model_of("audio")
+    processors = processors_for(model.config)
+    assert processors["image"]([b"whatever", b"else"])["rows"].shape == (2, 0)
+    present = torch.tensor([[True, True], [True, False]])
+    inputs = {"image": processors["image"]([1, 2]), "audio": {"values": torch.ones(1, 3)}}
+    logits = model(present, inputs).logits
+    alone = model.member("audio")(torch.ones(1, 1).bool(), {"audio": inputs["audio"]}).logits
+    assert torch.allclose(logits[:1], alone)
