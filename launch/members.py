@@ -56,6 +56,8 @@ def check_members(values: argparse.Namespace, source: DataSource) -> None:
         raise ConfigError(
             f"--experts_over combines predictions, and data set {source.name!r} has no labels."
         )
+    if values.keep_head:
+        raise ConfigError("--keep_head is for one model; give members their runs: --init_members.")
     settings = Settings(values, values, values, values, values, values)  # type: ignore[arg-type]
     check_same_inputs(composed_config(settings, source, prompt=values.prompt))
 

@@ -90,6 +90,7 @@ def test_members_start_from_runs_and_become_sparse(tmp_path):
         (["--init_members", "image=x"], "--experts_over image text image"),
         (["--experts_over", "image", "smell"], "member 'smell' must join modalities"),
         (["--experts_over", "image", "image"], "twice"),
+        ([*FAMILY, "--keep_head", "true"], "--init_members"),
         ([*FAMILY, "--combine", "sum"], "unknown combine 'sum'"),
         ([*FAMILY, "--freeze_members", "audio"], "cannot freeze 'audio'"),
         ([*FAMILY, "--init_members", "image"], "must be MEMBER=RUN"),
