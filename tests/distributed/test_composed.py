@@ -115,6 +115,7 @@ per_device_eval_batch_size: 60
 """
 
 
+@pytest.mark.slow
 def test_the_program_trains_members_in_two_stages(tmp_path):
     words = ["--config", write_recipe(tmp_path, RECIPE)]
     first = tmp_path / "image"
