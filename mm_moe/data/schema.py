@@ -52,8 +52,8 @@ class DataSource(ABC):
         unlabelled: split -> why it cannot be scored.
         sequences: modality -> {"width", "length", "mean", "std"} where the payload is a sequence of
             features (an array (T, width), or its float32 bytes).
-        array_shapes: modality -> {"shape", "scale"} where the payload is a `PackedArray` of one shape,
-            whose values a model divides by the scale.
+        array_shapes: modality -> {"shape", "scale"} where the payload is a `PackedArray` of one
+            shape, whose values a model divides by the scale.
     """
 
     name: str

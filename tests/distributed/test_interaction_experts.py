@@ -143,7 +143,7 @@ def write_table(path):
     from mm_moe.data.sets.interaction_dial import InteractionDialData
 
     source = InteractionDialData(sizes=[60, 20, 30], width=9)
-    label_N, _, truth = source.array_shapes("train")
+    label_N, _, truth = source.arrays("train")
     bits = [truth[:, 1], truth[:, 2]]
     probabilities = [np.eye(2)[bit_N] for bit_N in bits]
     InteractionTable(

@@ -11,7 +11,7 @@ from mm_moe.errors import ConfigError
 def test_the_bits_say_what_the_mechanism_promises():
     shares = {"R": 1, "U_first": 1, "U_second": 1, "AS": 1, "xor": 1}
     source = InteractionDialData(shares=shares, sizes=(500, 1, 1))
-    label_N, x_N2D, truth = source.array_shapes("train")
+    label_N, x_N2D, truth = source.arrays("train")
     mechanism_N, first_N, second_N = truth.T
     names = np.array(MECHANISMS)[mechanism_N]
     assert (first_N == label_N)[names == "R"].all()
@@ -28,7 +28,7 @@ def test_the_bits_say_what_the_mechanism_promises():
 
 def test_a_modality_shows_its_bit_and_a_symbol_and_the_symbols_tell_the_mechanism():
     source = InteractionDialData(noise=0, sizes=(200, 1, 1))
-    _, x_N2D, truth = source.array_shapes("train")
+    _, x_N2D, truth = source.arrays("train")
     seen_N2Q = np.einsum("nmd,mqd->nmq", x_N2D, source.directions)
     assert np.allclose(seen_N2Q[..., 0], 2 * truth[:, 1:] - 1, atol=1e-5)
     symbol_N2 = seen_N2Q[..., 1:].argmax(-1)
@@ -42,7 +42,7 @@ def test_a_modality_shows_its_bit_and_a_symbol_and_the_symbols_tell_the_mechanis
 
 def test_categories_from_the_true_bits_are_the_mechanisms_where_these_differ():
     source = InteractionDialData(other="wrong", sizes=(300, 1, 1))
-    label_N, _, truth = source.array_shapes("train")
+    label_N, _, truth = source.arrays("train")
     assert (categorise(truth[:, 1:].T, labels=label_N) == truth[:, 0]).all()
 
 
