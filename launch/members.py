@@ -56,6 +56,10 @@ def check_members(values: argparse.Namespace, source: DataSource) -> None:
         raise ConfigError(
             f"--experts_over combines predictions, and data set {source.name!r} has no labels."
         )
+    if values.interaction_experts:
+        raise ConfigError(
+            "--interaction_experts and --experts_over are two ways to combine; take one of them."
+        )
     if values.keep_head:
         raise ConfigError("--keep_head is for one model; give members their runs: --init_members.")
     settings = Settings(values, values, values, values, values, values)  # type: ignore[arg-type]

@@ -73,8 +73,8 @@ def backbone_settings(settings: Settings, source: DataSource) -> dict[str, Any]:
     backbone_class = BACKBONES.resolve(settings.model.backbone)
     if source.array_shapes and not backbone_class.takes_arrays:
         raise ConfigError(
-            f"data set {source.name!r} holds arrays ({', '.join(source.array_shapes)}), which backbone "
-            f"{settings.model.backbone!r} does not take; take --backbone small."
+            f"data set {source.name!r} holds arrays ({', '.join(source.array_shapes)}), which "
+            f"backbone {settings.model.backbone!r} does not take; take --backbone small."
         )
     if not (source.sequences or source.array_shapes):
         return given
