@@ -129,8 +129,8 @@ def hard_labels(
 def _check(scores: UniScores, balance: float) -> None:
     if scores.score_NC.shape[1] != 2:
         raise ConfigError(
-            f"the paper's labels are for two classes, {scores.modality!r} has scores for "
-            f"{scores.score_NC.shape[1]}; leave the paper's mode, or set its balance to 0."
+            f"the paper's labels and a balance are for two classes, {scores.modality!r} has scores "
+            f"for {scores.score_NC.shape[1]}; take --mode calibrated without --balance."
         )
     if not 0 <= balance <= 0.5:
         raise ConfigError(f"balance ({balance}) is the lowest share of an answer, from 0 to 0.5.")
