@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 
+from mm_moe.data.csv_files import close_files
 from mm_moe.data.reading import reading
 from mm_moe.errors import DataError
 
@@ -61,7 +62,10 @@ class Located:
         Kept, so that a Hub data set stays at the commit at which it was first met.
         """
         with reading(f"the data set {self.builder!r}"):
-            return datasets.load_dataset_builder(self.builder, **self.options)  # type: ignore[arg-type]
+            builder = datasets.load_dataset_builder(self.builder, **self.options)  # type: ignore[arg-type]
+        if self.is_local:
+            close_files(builder)
+        return builder
 
 
 def locate(

@@ -1,6 +1,9 @@
 import csv
+import gc
 import io
 import json
+import pickle
+import warnings
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -72,6 +75,20 @@ def test_every_table_format_with_image_paths_beside_it(folder, kind):
     assert [sample.label for sample in found] == [1, 0, 1]
     assert [first_pixel(sample) for sample in found] == list(COLORS.values())
     assert [sample.payload.get("text") for sample in found] == ["red thing", "blue thing", None]
+
+
+def test_csv_files_are_closed_when_a_stream_ends_or_is_dropped(folder):
+    write_csv(folder / "train.csv")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", ResourceWarning)
+        stream = ColumnsData(str(folder), text_column="words").stream("train")
+        rows = list(stream)
+        dropped = iter(stream)
+        assert next(dropped) == rows[0]
+        del dropped
+        gc.collect()
+    assert [str(warning.message) for warning in seen] == []
+    assert list(pickle.loads(pickle.dumps(stream))) == rows  # as for a worker of a loader
 
 
 def test_splits_from_the_words_of_file_names(folder):
