@@ -243,7 +243,7 @@ def _settings_of(fields: dict[str, Any]) -> dict[str, Any]:
     keys = ["backbone", "backbone_config", "modalities", "moe", "moe_layers", "moe_mode"]
     keys += ["moe_every", "lora", "prompt", "prompt_config", "num_labels", "problem_type"]
     keys += ["fusion", "fusion_rank", "fusion_size", "head_hidden_size", "feature_norm"]
-    keys += ["combine", "frozen"]
+    keys += ["combine", "frozen", "pad_text"]
     found = {key: full[key] for key in keys if key in full}
     for name, own in full.get("members", {}).items():
         found |= {f"{name}: {key}": value for key, value in _settings_of(own).items()}

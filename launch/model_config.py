@@ -52,6 +52,7 @@ def config_fields(settings: Settings, source: DataSource, *, prompt: str) -> dic
         else {},
         "lora": lora_fields(settings.model),
         "feature_norm": settings.model.feature_norm,
+        "pad_text": settings.model.pad_text,
         "upcycle_noise": settings.moe.upcycle_noise,
         "upcycle_drop": settings.moe.upcycle_drop,
         "fusion": settings.model.fusion,

@@ -107,6 +107,14 @@ class ModelArguments:
             "help": "With --pretrained a model of this library: take its head, too, class by class."
         },
     )
+    pad_text: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fill every text up to the longest that the model takes with this token id "
+            "(REP's release: 0), for prompts that attend to padding. Default: to the longest of "
+            "the batch, with the tokenizer's own."
+        },
+    )
     feature_norm: bool = field(
         default=True,
         metadata={"help": "Bring each feature to mean 0 and variance 1 before the head."},

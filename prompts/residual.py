@@ -51,7 +51,8 @@ class ResidualOptions:
         train_queries: train the queries of the dynamic group; off, they stay as drawn.
         train_attention: train the attention of the dynamic group; off, it stays as drawn.
         attend_padding: let the dynamic group attend to padding. A row then depends on how far its
-            batch is padded (the source pads every text to 77 tokens).
+            batch is padded, unless all are filled up (`pad_text` of the model's configuration), as
+            the source fills every text to 77 tokens.
         bounded_share: keep the share of new tokens between 0 and 1 and out of weight decay.
         relative_noise: noise of `noise` times the length of the base vector in every table.
     """

@@ -6,11 +6,13 @@ Axes: N rows, L tokens, H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 from transformers import (
@@ -78,11 +80,14 @@ class TextProcessor:
     Args:
         tokenizer: the library's tokenizer.
         max_tokens: longer texts are cut, keeping their end mark.
+        fill: token id with which every row is filled up to `max_tokens`; None: no row is.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, fill: int | None = None
+    ) -> None:
         self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
+        self.max_tokens, self.fill = max_tokens, fill
 
     def __call__(self, texts: list[str]) -> dict[str, Tensor]:
         """Tokenize."""
@@ -95,7 +100,12 @@ class TextProcessor:
             return_tensors="pt",
             return_attention_mask=True,
         )
-        return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
+        ids_NL, mask_NL = rows["input_ids"], rows["attention_mask"]
+        if self.fill is not None:
+            behind = (0, self.max_tokens - ids_NL.shape[1])
+            ids_NL = F.pad(ids_NL.masked_fill(mask_NL == 0, self.fill), behind, value=self.fill)
+            mask_NL = F.pad(mask_NL, behind)
+        return {"input_ids": ids_NL, "attention_mask": mask_NL}
 
 
 def processors_for(
@@ -112,7 +122,8 @@ def processors_for(
         source: a folder or Hub name with processor files, such as that of the pretrained weights.
 
     Raises:
-        ConfigError: no tokenizer is found, or one with more tokens than the model has room for.
+        ConfigError: no tokenizer is found, one with more tokens than the model has room for, or a
+            `pad_text` that is no token.
     """
     if isinstance(config, ComposedConfig):
         return _processors_of_members(config, source)
@@ -120,7 +131,7 @@ def processors_for(
     places = [place for place in (source, config.name_or_path, needs.source) if place]
     makers: dict[str, Callable[[list[str], ProcessorNeeds], Processor]] = {
         IMAGE: _image_processor,
-        TEXT: _text_processor,
+        TEXT: partial(_text_processor, fill=config.pad_text),
     }
     found: dict[str, Processor] = {}
     for name in config.modalities:
@@ -165,7 +176,7 @@ def check_same_inputs(config: ComposedConfig) -> None:
             if form is None and base_modality(modality) == IMAGE:
                 form = (needs.image_size, needs.image_mean, needs.image_std)
             elif form is None:
-                form = (needs.max_text_tokens, needs.vocab_size)
+                form = (needs.max_text_tokens, needs.vocab_size, own.pad_text)
             first, theirs = seen.setdefault(modality, (name, form))
             if theirs != form:
                 raise ConfigError(
@@ -217,7 +228,7 @@ def _image_processor(places: list[str], needs: ProcessorNeeds) -> ImageProcessor
     return ImageProcessor(library)
 
 
-def _text_processor(places: list[str], needs: ProcessorNeeds) -> TextProcessor:
+def _text_processor(places: list[str], needs: ProcessorNeeds, *, fill: int | None) -> TextProcessor:
     for place in places:
         place = str(SMALL_CLIP_FOLDER) if place == "builtin" else place
         if _has(place, "tokenizer_config.json", "tokenizer.json", "vocab.json"):
@@ -225,9 +236,9 @@ def _text_processor(places: list[str], needs: ProcessorNeeds) -> TextProcessor:
                 tokenizer = AutoTokenizer.from_pretrained(place)
             except (OSError, ValueError):
                 continue  # a Hub name without a tokenizer
-            return _fitting(tokenizer, place, needs)
+            return _fitting(tokenizer, place, needs, fill=fill)
     if needs.tokenizer is not None:
-        return _fitting(needs.tokenizer(), "the backbone", needs)
+        return _fitting(needs.tokenizer(), "the backbone", needs, fill=fill)
     looked = ", ".join(map(repr, places)) or "nowhere, as no place was given"
     raise ConfigError(
         f"no tokenizer found (looked in: {looked}); give a folder or Hub name that has one, with "
@@ -235,10 +246,17 @@ def _text_processor(places: list[str], needs: ProcessorNeeds) -> TextProcessor:
     )
 
 
-def _fitting(tokenizer: Any, place: str, needs: ProcessorNeeds) -> TextProcessor:
+def _fitting(
+    tokenizer: Any, place: str, needs: ProcessorNeeds, *, fill: int | None
+) -> TextProcessor:
     if len(tokenizer) > needs.vocab_size:
         raise ConfigError(
             f"the tokenizer of {place!r} has {len(tokenizer)} tokens, the text tower room for "
             f"{needs.vocab_size}; give the tokenizer that the model was made with."
         )
-    return TextProcessor(tokenizer, max_tokens=needs.max_text_tokens)
+    if fill is not None and not 0 <= fill < needs.vocab_size:
+        raise ConfigError(
+            f"pad_text ({fill}) must be a token id between 0 and {needs.vocab_size - 1}; leave it "
+            "out to pad to the longest text of a batch."
+        )
+    return TextProcessor(tokenizer, max_tokens=needs.max_text_tokens, fill=fill)

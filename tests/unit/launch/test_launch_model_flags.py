@@ -64,9 +64,10 @@ def test_weights_that_cannot_be_fetched_name_a_way_out(monkeypatch):
         )
 
 
-@pytest.mark.parametrize("words", [(), ("--feature_norm", "false")])
-def test_feature_norm_reaches_the_configuration(words, tmp_path):
+@pytest.mark.parametrize("words", [(), ("--feature_norm", "false", "--pad_text", "0")])
+def test_feature_norm_and_padding_reach_the_configuration(words, tmp_path):
     parser = RecipeParser()
     argv = [*words, "--pretrained", "none", "--output_dir", str(tmp_path), "--use_cpu"]
     config = model_config(parser.build(parser.namespace(argv)), EmojiData(), prompt="none")
     assert config.feature_norm is not bool(words)
+    assert config.pad_text == (0 if words else None)

@@ -53,6 +53,20 @@ def test_text_is_padded_to_the_longest_and_cut(processors):
     assert processors["text"](["cat"])["input_ids"].shape[1] < 6
 
 
+def test_texts_can_be_filled_up_with_a_token(processors):
+    filled = processors_for(MultimodalMoEConfig(pad_text=7))["text"](["cat", "a red pear"])
+    plain = processors["text"](["cat", "a red pear"])
+    assert filled["input_ids"].shape == (2, 24)
+    mask = filled["attention_mask"].bool()
+    assert torch.equal(mask[:, : plain["input_ids"].shape[1]], plain["attention_mask"].bool())
+    assert torch.equal(filled["input_ids"][mask], plain["input_ids"][plain["attention_mask"] == 1])
+    assert (filled["input_ids"][~mask] == 7).all()
+    with pytest.raises(
+        ConfigError, match=r"pad_text \(4096\) must be a token id between 0 and 4095"
+    ):
+        processors_for(MultimodalMoEConfig(pad_text=4096))
+
+
 def test_saved_files_are_the_librarys_own(processors, tmp_path):
     save_processors(processors, tmp_path)
     library = AutoProcessor.from_pretrained(tmp_path)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mm_moe.errors import ConfigError
-from mm_moe.models import MultimodalMoEConfig, MultimodalMoEModel, build_model
+from mm_moe.models import MultimodalMoEConfig, MultimodalMoEModel, build_model, processors_for
 from mm_moe.registry import PROMPTS
 from prompts.rep_code import RepCodePrompt
 from prompts.rep_fixed import RepFixedPrompt
@@ -108,6 +108,40 @@ def test_rep_code_computes_what_the_source_computes():
             payload = {k: v[text_row : text_row + 1] for k, v in text.items()}
             z[1] = tower_feature(model, "text", payload, texts, text_shared, pattern)
         assert torch.allclose(logits[b], model.head(z.flatten()), atol=1e-4)
+
+
+def test_texts_filled_up_as_in_the_release_give_its_numbers():
+    """The dynamic group attends to all positions of the tower, whatever the batch holds."""
+    torch.manual_seed(0)
+    config = MultimodalMoEConfig(
+        backbone_config=SMALL | {"vocab_size": 4096},
+        label_names=["x", "y"],
+        prompt="rep_code",
+        prompt_config=OPTIONS | {"attend_padding": True},
+        feature_norm=False,
+        pad_text=0,
+    )
+    model = build_model(config).eval()
+    process = processors_for(config)["text"]
+    both = process(["a pear", "a house with a red door and a cat"])
+    assert both["input_ids"].shape == (2, 24)
+    alone = {name: rows[:1] for name, rows in both.items()}
+    assert all(torch.equal(process(["a pear"])[name], rows) for name, rows in alone.items())
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for path, parameter in model.prompt.named_parameters():
+            if "norm" not in path:
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    _, (texts, shared) = buffers(model.prompt, *IMAGE_MISSING)
+    expected = tower_feature(model, "text", alone, texts, shared, 1)
+    found = model(torch.tensor([IMAGE_MISSING] * 2), {"text": both}).features["text"][0]
+    assert torch.allclose(found, expected, atol=1e-4)
+    length = int(alone["attention_mask"].sum())
+    cut = {name: rows[:, :length] for name, rows in alone.items()}  # not as in the release
+    assert not torch.allclose(
+        model(torch.tensor([IMAGE_MISSING]), {"text": cut}).features["text"][0], expected, atol=1e-4
+    )
 
 
 def test_the_published_number_of_trained_values():
