@@ -197,6 +197,10 @@ class Tower(nn.Module, ABC):
         """Embedding (D,), without position, of the token that the feature is read from, if any."""
         return None
 
+    def new_parts(self) -> list[nn.Module]:
+        """Parts that no pretrained weights fill; they train in a locked tower too."""
+        return []
+
     @abstractmethod
     def feed_forwards(self) -> list[tuple[nn.Module, str]]:
         """One (block module, attribute name) per block: where its feed-forward hangs."""

@@ -131,6 +131,10 @@ class ConvImageTower(BlockTower):
         self.project = nn.Linear(channels, width) if num_blocks else nn.Identity()
         self.train(self.training)
 
+    def new_parts(self) -> list[nn.Module]:
+        """The new blocks, and what leads to them."""
+        return [self.project, *self.blocks]
+
     def train(self, mode: bool = True) -> ConvImageTower:
         """Training mode for all but the batch norms."""
         super().train(mode)

@@ -13,7 +13,7 @@ from mm_moe.moe.layer import moe_layers
 
 
 def freeze_tower(tower: Tower, *, experts: bool = False, unlock_blocks: int = 0) -> None:
-    """Stop the training of a tower's dense weights; routers and adapters go on.
+    """Stop the training of a tower's dense weights; routers, adapters and new parts go on.
 
     Args:
         tower: of one modality.
@@ -33,6 +33,7 @@ def freeze_tower(tower: Tower, *, experts: bool = False, unlock_blocks: int = 0)
     sparse = list(moe_layers(tower).values())
     kept = {id(p) for layer in sparse for p in layer.parameters()}
     kept |= {id(p) for name, p in tower.named_parameters() if MARK in f".{name}"}
+    kept |= {id(p) for part in tower.new_parts() for p in part.parameters()}
     if experts:
         kept -= {id(p) for layer in sparse for p in layer.experts.parameters()}
     for parameter in tower.parameters():

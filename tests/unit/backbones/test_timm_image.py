@@ -87,6 +87,15 @@ def test_new_blocks_start_as_the_mean_and_take_prompts_and_experts():
     assert list(output.routing) == ["image.1"]
 
 
+def test_locking_keeps_new_blocks_trainable():
+    model = cnn_model(backbone_config=CNN | {"new_blocks": 1, "new_width": 64})
+    model.freeze(["image"])
+    tower = model.backbone.towers["image"]
+    assert not any(p.requires_grad for p in tower.net.parameters())
+    for part in (tower.project, tower.blocks):
+        assert all(p.requires_grad for p in part.parameters())
+
+
 def test_batch_norms_keep_their_statistics_in_training():
     backbone = TimmBackbone(CNN).train()
     before = {n: b.clone() for n, b in backbone.named_buffers()}
