@@ -125,7 +125,7 @@ def test_the_program_trains_members_in_two_stages(tmp_path):
         second = [*words, "--init_members", f"image={first}", "--freeze_members", "image"]
         second += ["--output_dir", str(folder), "--ep_size", str(world_size)]
         commands = [alone, second] if world_size == 1 else [second]
-        found = run_distributed(train_here, world_size, commands, timeout_s=300)[0][-1]
+        found = run_distributed(train_here, world_size, commands, timeout_s=900)[0][-1]
         curves.append(column(found, "loss"))
     assert len(curves[0]) == 5
     assert np.allclose(curves[0], curves[1], rtol=1e-4)
