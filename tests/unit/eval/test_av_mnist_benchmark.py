@@ -31,9 +31,11 @@ def test_gains_by_hand():
         {"intra": 60, "inter concat": 70, "inter low_rank": 65, "i2m2 concat": 71},
         {"intra": 64, "inter concat": 69, "inter low_rank": 66, "i2m2 concat": 73},
     ]
-    rows = [{k: {"test": float(v)} for k, v in (s | {"i2m2 low_rank": 70}).items()} for s in seeds]
+    more = {"i2m2 low_rank": 70, "inter concat longer": 70, "inter low_rank longer": 70}
+    rows = [{k: {"test": float(v)} for k, v in (s | more).items()} for s in seeds]
     found = figures({"i2m2 concat": {"test": {"mean": 72.0}}}, rows)
     assert found["i2m2_concat_minus_intra_points"] == 10.0  # 11 and 9
     assert found["i2m2_concat_minus_inter_concat_points"] == 2.5  # 1 and 4
+    assert found["i2m2_concat_minus_inter_concat_longer_points"] == 2.0  # 1 and 3
     assert found["i2m2_low_rank_minus_inter_low_rank_std"] == pytest.approx(0.5**0.5)  # 5 and 4
     assert found["i2m2_concat_accuracy"] == 72.0
