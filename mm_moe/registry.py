@@ -131,6 +131,9 @@ DATASETS = Registry(
         "interaction_dial": "mm_moe.data.sets.interaction_dial:InteractionDialData",
         "av_mnist": "mm_moe.data.sets.prepared:AvMnistData",
         "avmnist_npy": "mm_moe.data.sets.prepared:AvMnistNpyData",
+        "vqa_v2": "mm_moe.data.sets.prepared:VqaV2Data",
+        "vqa_vs": "mm_moe.data.sets.prepared:VqaVsData",
+        "nlvr2": "mm_moe.data.sets.prepared:Nlvr2Data",
     },
 )
 RAW_DATASETS = Registry(
@@ -149,6 +152,9 @@ RAW_DATASETS = Registry(
         "urfunny": "mm_moe.data.prepare.urfunny:UrfunnyRaw",
         "av_mnist": "mm_moe.data.prepare.av_mnist:AvMnistRaw",
         "avmnist_npy": "mm_moe.data.prepare.avmnist_npy:AvMnistNpyRaw",
+        "vqa_v2": "mm_moe.data.prepare.vqa:VqaV2Raw",
+        "vqa_vs": "mm_moe.data.prepare.vqa:VqaVsRaw",
+        "nlvr2": "mm_moe.data.prepare.nlvr2:Nlvr2Raw",
     },
 )
 OBJECTIVES = Registry(

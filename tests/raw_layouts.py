@@ -277,3 +277,92 @@ def urfunny(folder: Path) -> Path:
 
 MAKERS |= {"mmsd": mmsd, "mustard": mustard, "urfunny": urfunny}
 MAKERS |= {"av_mnist": av_mnist, "avmnist_npy": avmnist_npy}
+
+
+
+
+def vqa_entries(numbers, *, answers) -> tuple[list, list]:
+    """Questions and annotations; ten annotators, of whom three say something else."""
+    questions, annotations = [], []
+    for n in numbers:
+        image, main = n // 2, answers[n % len(answers)]
+        given = [main] * 7 + ["maybe", "maybe", f"word {n}"]
+        questions.append({"image_id": image, "question": f"What is {n}?", "question_id": n})
+        annotations.append(
+            {
+                "question_id": n,
+                "image_id": image,
+                "question_type": "what",
+                "answer_type": "other",
+                "multiple_choice_answer": main,
+                "answers": [
+                    {"answer": a, "answer_confidence": "yes", "answer_id": i}
+                    for i, a in enumerate(given, start=1)
+                ],
+            }
+        )
+    return questions, annotations
+
+
+def coco(folder: Path, part: str, numbers) -> None:
+    for n in {n // 2 for n in numbers}:
+        put(folder / part / f"COCO_{part}_{n:012d}.jpg", jpeg())
+
+
+def vqa_v2(folder: Path) -> Path:
+    """Answers in several spellings: nine of "Yes", nine of "two" and "2", one of "kite"."""
+    answers = ["Yes", "two", "yes.", "2"] * 4 + ["the yes", "2", "kite"]
+    sizes = {"train2014": range(19), "val2014": range(100, 104)}
+    for part, numbers in sizes.items():
+        questions, annotations = vqa_entries(numbers, answers=answers)
+        info = {"info": {"version": "2.0"}, "data_type": "mscoco", "data_subtype": part}
+        named = {**info, "questions": questions}
+        put_json(folder / f"v2_OpenEnded_mscoco_{part}_questions.json", named)
+        put_json(
+            folder / f"v2_mscoco_{part}_annotations.json", {**info, "annotations": annotations}
+        )
+        coco(folder, part, numbers)
+    return folder
+
+
+def vqa_vs(folder: Path) -> Path:
+    """Nine sets that are parts of the IID test set; only one has answers of its own."""
+    root = folder / "VQA-VS"
+    test = range(200, 212)
+    whole = {"Training": range(18), "Val": range(100, 104), "IID-Test": test}
+    sets = ["QT", "KW", "KWP", "QT+KW", "KO", "KOP", "QT+KO", "KW+KO", "QT+KW+KO"]
+    parts = {f"OOD-Test/{name}": test[n : n + 3] for n, name in enumerate(sets)}
+    for place, numbers in {**whole, **parts}.items():
+        questions, annotations = vqa_entries(numbers, answers=["yes", "no"])
+        name = place.replace("/", "-")
+        put_json(root / place / f"{name}-Ques.json", questions)
+        if place in whole or place.endswith("/QT"):
+            put_json(root / place / f"{name}-Ans.json", annotations)
+        coco(folder / "images", "val2014" if numbers[0] >= 100 else "train2014", numbers)
+    return folder
+
+
+def nlvr2(folder: Path) -> Path:
+    """Two sentences about one pair; directories in train only."""
+    for name, directory in (("train", 7), ("dev", None), ("test1", None)):
+        lines = []
+        for sentence, label in ((0, "True"), (1, "False")):
+            row = {
+                "validation": {},
+                "sentence": f"There are {sentence} dogs.",
+                "left_url": "http://a/b.jpg",
+                "right_url": "http://a/c.jpg",
+                "label": label,
+                "synset": "dog",
+                "query": "dogs",
+                "identifier": f"{name}-10-3-{sentence}",
+            }
+            lines.append(json.dumps(row | ({"directory": directory} if directory else {})))
+        put(folder / "data" / f"{name}.json", "\n".join(lines) + "\n")
+        place = folder / "images" / name / (str(directory) if directory else "")
+        for side, colour in ((0, (200, 0, 0)), (1, (0, 0, 200))):
+            put(place / f"{name}-10-3-img{side}.png", jpeg(colour, format="PNG"))
+    return folder
+
+
+MAKERS |= {"vqa_v2": vqa_v2, "vqa_vs": vqa_vs, "nlvr2": nlvr2}

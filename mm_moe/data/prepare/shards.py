@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from mm_moe.data.prepare.check import CheckedRow
 from mm_moe.data.prepare.raw import IMAGES, TEXTS, RawDataSet
 from mm_moe.data.reading import file_sha256
-from mm_moe.data.schema import MULTI_LABEL, SINGLE_LABEL
+from mm_moe.data.schema import MULTI_LABEL, SINGLE_LABEL, VQA
 
 ROWS_PER_FILE = 2000
 ROWS_PER_GROUP = 100
@@ -28,6 +28,9 @@ def features(raw: RawDataSet) -> datasets.Features:
         SINGLE_LABEL: datasets.Value("int64"),
         MULTI_LABEL: datasets.List(datasets.Value("int8")),
     }
+    if raw.task == VQA:  # {class: share}, as wide as the vocabulary if it were dense
+        share = {"class": datasets.Value("int32"), "share": datasets.Value("float64")}
+        labels[MULTI_LABEL] = datasets.List(share)
     return datasets.Features(
         {
             "id": datasets.Value("string"),
@@ -65,7 +68,7 @@ class SplitWriter:
     def add(self, row: CheckedRow) -> None:
         """Append one good row."""
         cells = {name: _cell(row.payload.get(name), kind) for name, kind in self.kinds.items()}
-        self._rows.append({"id": row.id, "group": row.group, **cells, "label": row.label})
+        self._rows.append({"id": row.id, "group": row.group, **cells, "label": _label(row.label)})
         self.num_rows += 1
         if len(self._rows) >= ROWS_PER_GROUP:
             self._flush()
@@ -90,6 +93,13 @@ class SplitWriter:
         record = {"name": path.name, "rows": self._in_file, "bytes": path.stat().st_size}
         self.files.append({**record, "sha256": file_sha256(path)})
         self._writer, self._in_file = None, 0
+
+
+def _label(label: Any) -> Any:
+    """A label as its cell: a map of shares as a list of pairs."""
+    if not isinstance(label, dict):
+        return label
+    return [{"class": index, "share": share} for index, share in label.items()]
 
 
 def _cell(value: Any, kind: str) -> Any:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from mm_moe.batch import PackedArray, Sample
 from mm_moe.data.reading import file_sha256, image_payload, reading, undecoded
-from mm_moe.data.schema import DataSource
+from mm_moe.data.schema import VQA, DataSource
 from mm_moe.errors import ConfigError, DataError
 
 FORMAT = "mm_moe.prepared.v1"
@@ -96,7 +96,7 @@ class PreparedData(DataSource):
             with reading(str(path)):
                 rows = pq.read_table(path, columns=["id", "group", "label"]).to_pylist()
             for row in rows:
-                yield Sample(row["id"], label=row["label"], group=row["group"])
+                yield Sample(row["id"], label=self._label(row), group=row["group"])
 
     def _shards(self, split: str) -> list[Path]:
         record = self.info["splits"][self.check_split(split)]
@@ -106,7 +106,13 @@ class PreparedData(DataSource):
         """Encoded images, texts, sequences as their float32 bytes, and packed arrays."""
         cells = {name: self._payload(name, row[name]) for name in self._kinds}
         payload = {name: value for name, value in cells.items() if value}
-        return Sample(row["id"], payload, row["label"], group=row["group"])
+        return Sample(row["id"], payload, self._label(row), group=row["group"])
+
+    def _label(self, row: dict[str, Any]) -> Any:
+        """The label; soft targets as {class: share}."""
+        if self.task != VQA or row["label"] is None:
+            return row["label"]
+        return {entry["class"]: entry["share"] for entry in row["label"]}
 
     def _payload(self, name: str, cell: Any) -> Any:
         if self._kinds[name] == "image":
@@ -205,6 +211,24 @@ class AvMnistNpyData(PreparedData):
     """AV-MNIST's published arrays, prepared."""
 
     expected = "avmnist_npy"
+
+
+class VqaV2Data(PreparedData):
+    """VQA v2, prepared."""
+
+    expected = "vqa_v2"
+
+
+class VqaVsData(PreparedData):
+    """VQA-VS with its nine sets out of distribution, prepared."""
+
+    expected = "vqa_vs"
+
+
+class Nlvr2Data(PreparedData):
+    """NLVR2, two photos and a sentence, prepared."""
+
+    expected = "nlvr2"
 
 
 def _read_info(folder: Path, make: str) -> dict[str, Any]:
