@@ -131,6 +131,8 @@ DATASETS = Registry(
         "interaction_dial": "mm_moe.data.sets.interaction_dial:InteractionDialData",
         "av_mnist": "mm_moe.data.sets.prepared:AvMnistData",
         "avmnist_npy": "mm_moe.data.sets.prepared:AvMnistNpyData",
+        "vqa_rad": "mm_moe.data.sets.vqa_rad:VqaRadData",
+        "nlvr": "mm_moe.data.sets.nlvr:NlvrData",
         "vqa_v2": "mm_moe.data.sets.prepared:VqaV2Data",
         "vqa_vs": "mm_moe.data.sets.prepared:VqaVsData",
         "nlvr2": "mm_moe.data.sets.prepared:Nlvr2Data",

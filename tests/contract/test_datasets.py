@@ -61,6 +61,8 @@ BUILD = {
         str(tables(tmp)), text_column="words", label_column="kind", id_column="key"
     ),
     "openclipart_emoji": lambda cls, tmp: cls(str(shared_data())),
+    "vqa_rad": lambda cls, tmp: cls(str(shared_data()), questions="all"),
+    "nlvr": lambda cls, tmp: cls(str(shared_data())),
     "grocery": lambda cls, tmp: cls(str(shared_data())),
 }
 
