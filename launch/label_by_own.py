@@ -92,6 +92,7 @@ def _features(
         processors=processors_for(model.config, source=options.tokenizer or options.pretrained),
         problem_type=NO_LABEL,
         num_labels=0,
+        vectors=source.sequences,
     )
     size = options.batch_size
     return {

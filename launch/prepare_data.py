@@ -3,28 +3,33 @@
 Afterwards `--dataset NAME --data_dir DIR` streams it. Bad rows (no label, a missing file, an image
 that does not decode, NaN, ...) are counted, named and listed in `DIR/quarantine.jsonl`.
 
-`prepare_data.py interactions` makes something of a data set instead, see its --help.
+`prepare_data.py interactions` and `features` make something of a data set instead, and
+`fastmri_slices` makes slices of volumes; see their --help.
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
-from launch import prepare_interactions
 from launch.cli import ProgramParser, run_program
 from mm_moe.arguments import parse_json
 from mm_moe.data.prepare.write import QUARANTINE, check_target, prepare
 from mm_moe.errors import ConfigError
 from mm_moe.registry import RAW_DATASETS
 
-INTERACTIONS = "interactions"
+PROGRAMS = {  # imported when asked for: they are heavy
+    "interactions": "launch.prepare_interactions",
+    "features": "launch.cache_features",
+    "fastmri_slices": "launch.prepare_slices",
+}
 
 
 def parser() -> ProgramParser:
     """The flags."""
     flags = ProgramParser(description=__doc__)
-    flags.add_argument("name", help=f"one of {', '.join(sorted(RAW_DATASETS))}")
+    flags.add_argument("name", help=f"one of {', '.join(sorted([*RAW_DATASETS, *PROGRAMS]))}")
     flags.add_argument("--source", type=Path, required=True, help="folder of the download")
     flags.add_argument("--output", type=Path, required=True, help="folder to write")
     flags.add_argument("--workers", type=int, default=1, help="processes that check images")
@@ -54,9 +59,10 @@ def report(info: dict[str, Any], output: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Check, write, tell."""
-    if argv[:1] == [INTERACTIONS]:
-        return prepare_interactions.main(argv[1:])
+    """Check, write, tell; or hand over to another program."""
+    if argv and argv[0] in PROGRAMS:
+        program = importlib.import_module(PROGRAMS[argv[0]])
+        return program.main(argv[1:])
     options = parser().parse_args(argv)
     adapter = RAW_DATASETS.resolve(options.name)
     own = parse_json("options", options.options)

@@ -55,6 +55,7 @@ class Scorer:
             problem_type=self.source.problem_type,
             num_labels=num_outputs(self.source),
             missing=missing,
+            vectors=self.source.sequences,
             max_bad_samples=self.max_bad_samples,
             interactions=interactions,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +50,7 @@ class Collator:
         problem_type: see `mm_moe.data.schema`.
         num_labels: number of classes.
         missing: imposed missingness, or None. It never takes the last modality that a row has.
+        vectors: modalities that are feature sequences, whatever their names: not to be decoded.
         max_bad_samples: how many samples with an undecodable image are borne before the run stops.
         interactions: gives the key "interaction" of training batches, or None.
 
@@ -69,6 +70,7 @@ class Collator:
         problem_type: str,
         num_labels: int,
         missing: Missing | None = None,
+        vectors: Collection[str] = (),
         max_bad_samples: int = 100,
         interactions: Interactions | None = None,
     ) -> None:
@@ -79,6 +81,7 @@ class Collator:
         self.problem_type, self.num_labels = problem_type, num_labels
         self.missing, self.max_bad_samples = missing, max_bad_samples
         self.interactions = interactions
+        self.vectors = frozenset(vectors)
         self.bad_ids: list[str] = []
         # One flag per hashed id in shared memory: loader workers set it without a lock and without
         # counting twice. With 2**20 places, 100 ids collide with a chance of 0.5%.
@@ -117,6 +120,9 @@ class Collator:
         """The value for the processor, or None for an image that does not decode."""
         value = sample.payload[modality]
         if base_modality(modality) != IMAGE or isinstance(value, PackedArray):
+
+
+        if base_modality(modality) != IMAGE or modality in self.vectors:
             return value
         try:
             return decode_image(value)

@@ -12,6 +12,9 @@ UNUSED_BY_ONE_TOKEN = ("query", "key", "q_proj", "k_proj", "cross")
 WITHOUT_ATTENTION = {"small"}
 
 
+WITHOUT_ATTENTION = {"features"}
+
+
 def small_model(name, **fields):
     torch.manual_seed(0)
     config = MultimodalMoEConfig(

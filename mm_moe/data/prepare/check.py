@@ -54,6 +54,7 @@ class CheckedRow:
         payload: modality -> encoded image, text, or array; empty for a bad row.
         label: as in the raw row.
         group: as in the raw row.
+        mask_key: as in the raw row.
         fault: why the row is bad, or None.
         sha256: of the payload and the label.
         repairs: as in the raw row.
@@ -63,6 +64,7 @@ class CheckedRow:
     payload: dict[str, Any] = field(default_factory=dict)
     label: Any = None
     group: str | None = None
+    mask_key: str | None = None
     fault: str | None = None
     sha256: str = ""
     repairs: dict[str, int] = field(default_factory=dict)
@@ -92,6 +94,7 @@ def check_row(row: RawRow, *, rules: Rules) -> CheckedRow:
         payload,
         row.label,
         group=row.group,
+        mask_key=row.mask_key,
         sha256=digest.hexdigest(),
         repairs=row.repairs,
     )

@@ -34,6 +34,7 @@ class RawRow:
         label: class index, zeros and ones, number, or None where the download has none.
         group: rows of one group lose the same modality under a missing mask; None: the row is
             alone.
+        mask_key: what a missing mask is keyed by, where that is not the group (see `Sample`).
         fault: what is wrong with the row's entry in the index, if anything.
         repairs: what was mended in the row -> how many values.
     """
@@ -42,6 +43,7 @@ class RawRow:
     payload: dict[str, Path | str | Any] = field(default_factory=dict)
     label: Any = None
     group: str | None = None
+    mask_key: str | None = None
     fault: str | None = None
     repairs: dict[str, int] = field(default_factory=dict)
 
@@ -63,6 +65,7 @@ class RawDataSet(ABC):
             zeros alone for a missing one.
         statistics_over: splits whose rows give mean and spread of the sequences; none: the values
             are used as they are.
+        needs_labels: a row without a label is bad, in splits that have labels.
 
     Raises:
         DataError: the folder is not in this layout; names the first file that is missing.
@@ -78,6 +81,9 @@ class RawDataSet(ABC):
     trims_padding: bool = True
     statistics_over: tuple[str, ...] = ("train",)
     scales: Mapping[str, float] = MappingProxyType({})
+
+
+    needs_labels: bool = True
 
     def __init__(self, source: Path) -> None:
         self.source = source

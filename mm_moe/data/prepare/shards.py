@@ -35,6 +35,7 @@ def features(raw: RawDataSet) -> datasets.Features:
         {
             "id": datasets.Value("string"),
             "group": datasets.Value("string"),
+            "mask_key": datasets.Value("string"),
             **{name: kinds.get(kind, datasets.Value("binary")) for name, kind in raw.kinds.items()},
             "label": labels.get(raw.problem_type, datasets.Value("float32")),
         }
@@ -68,7 +69,8 @@ class SplitWriter:
     def add(self, row: CheckedRow) -> None:
         """Append one good row."""
         cells = {name: _cell(row.payload.get(name), kind) for name, kind in self.kinds.items()}
-        self._rows.append({"id": row.id, "group": row.group, **cells, "label": _label(row.label)})
+        keys = {"id": row.id, "group": row.group, "mask_key": row.mask_key}
+        self._rows.append({**keys, **cells, "label": _label(row.label)})
         self.num_rows += 1
         if len(self._rows) >= ROWS_PER_GROUP:
             self._flush()

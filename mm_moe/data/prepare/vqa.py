@@ -121,7 +121,8 @@ class VqaRaw(RawDataSet):
                 [entry.get("answer", "") for entry in found["answers"]], self.index_of
             )
             payload = {IMAGE: self._image(image), TEXT: text}
-            yield RawRow(self._id(split, asked), payload, label, group=f"image {image}")
+            name = self._id(split, asked)  # masks take from questions, not from images
+            yield RawRow(name, payload, label, group=f"image {image}", mask_key=name)
 
     def _id(self, split: str, asked: int) -> str:
         return str(asked)

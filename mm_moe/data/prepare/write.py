@@ -193,7 +193,7 @@ class _Preparation:
             dict(self.raw.kinds),
             self.raw.problem_type,
             len(self.raw.label_names),
-            needs_label=split not in self.raw.unlabelled,
+            needs_label=self.raw.needs_labels and split not in self.raw.unlabelled,
             trims_padding=self.raw.trims_padding,
         )
         check = partial(check_row, rules=rules)
