@@ -77,7 +77,11 @@ setup(
         )
     ],
     install_requires=REQUIREMENTS,
-    extras_require={"test": TEST_REQUIREMENTS, "iemocap": ["h5py>=3.13"]},
+    extras_require={
+        "test": TEST_REQUIREMENTS,
+        "iemocap": ["h5py>=3.13"],
+        "fastmri": ["h5py>=3.13"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from eval.metrics import LOWER_IS_BETTER, has_label, scores
-from mm_moe.data.schema import BINARY, BINARY_AUPRC, MULTI_LABEL, REGRESSION, SINGLE_LABEL, VQA
+from mm_moe.data.schema import (
+    BINARY,
+    BINARY_AUPRC,
+    KNEE,
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    VQA,
+)
 
 
 def chance(
@@ -55,6 +63,8 @@ def chance(
         levels["uniform"] = _uniform_single(labels, num_labels)
         if task in (BINARY, BINARY_AUPRC):
             levels["uniform"] |= {"auroc": 0.5, "auprc": float(labels.mean())}
+    elif task == KNEE:
+        levels["uniform"] = dict.fromkeys(levels["majority"], 0.5)
     elif task == VQA:
         levels["uniform"] = {"vqa_score": float(labels.mean())}
     elif problem_type != REGRESSION:

@@ -16,6 +16,8 @@ What published benchmarks do, and we with them unless it says otherwise:
 - MIMIC-III's ICD-9 groups (binary_auprc): average precision of the rarer class 1, and accuracy.
 - VQA v2 and VQA-VS (vqa): share of the answer that scores highest, 0, .3, .6, .9 or 1 by how many
   annotators gave it; VQA-VS's own script takes thirds of them, which is up to .1 more.
+- fastMRI knee (knee_findings): area under the ROC curve of each finding and their mean; what
+  depends on a threshold is in `eval.operating`.
 - IEMOCAP (single-label): accuracy and F1 weighted by the classes' label counts.
 """
 
@@ -33,6 +35,7 @@ from mm_moe.batch import IGNORED_LABEL
 from mm_moe.data.schema import (
     BINARY,
     BINARY_AUPRC,
+    KNEE,
     MULTI_LABEL,
     REGRESSION,
     SENTIMENT_MOSI,
@@ -92,6 +95,17 @@ def _mean_auprc(labels_NC: np.ndarray, score_NC: np.ndarray) -> float:
     return float(np.mean(values)) if values else 0.0
 
 
+def _auroc_of(label: int) -> Metric:
+    return lambda labels_NC, score_NC: _auroc(labels_NC[:, label], score_NC[:, label])
+
+
+def _mean_auroc(labels_NC: np.ndarray, score_NC: np.ndarray) -> float:
+    """Mean area under the ROC curve over the labels that some rows have and some have not."""
+    both = np.flatnonzero(labels_NC.any(0) & ~labels_NC.all(0))
+    values = [_auroc(labels_NC[:, c], score_NC[:, c]) for c in both]
+    return float(np.mean(values)) if values else 0.5
+
+
 def _vqa_score(labels_NC: np.ndarray, score_NC: np.ndarray) -> float:
     """Mean share of the answer with the highest score."""
     return float(_vqa_score_of_rows(labels_NC, score_NC).mean())
@@ -111,6 +125,9 @@ _SINGLE: dict[str, Metric] = {
 }
 _VALUE: dict[str, Metric] = {"mae": sk.mean_absolute_error, "corr": _corr}
 
+KNEE_LABELS = ("abnormal", "mtear", "acl", "cartilage")
+KNEE_AUROC = {f"auroc_{label}": _auroc_of(n) for n, label in enumerate(KNEE_LABELS)}
+
 # Task -> metric name -> function(labels, predicted); the first one is the headline.
 METRICS: dict[str, dict[str, Metric]] = {
     SINGLE_LABEL: _SINGLE,
@@ -120,6 +137,7 @@ METRICS: dict[str, dict[str, Metric]] = {
         **{f"{name}_f1": _f1(name) for name in ("macro", "micro", "samples", "weighted")},
         "map": _mean_auprc,
     },
+    KNEE: {"mean_auroc": _mean_auroc, **KNEE_AUROC},
     VQA: {"vqa_score": _vqa_score},
     REGRESSION: _VALUE,
     SENTIMENT_MOSI: {
@@ -138,7 +156,8 @@ METRICS: dict[str, dict[str, Metric]] = {
         "f1": sentiment.f1_sims,
     },
 }
-RANKING = frozenset({"auroc", "auprc", "map", "vqa_score"})  # of scores, not of decisions
+# of scores, not of decisions
+RANKING = frozenset({"auroc", "auprc", "map", "vqa_score", "mean_auroc", *KNEE_AUROC})
 
 
 def headline(task: str) -> str:
@@ -325,6 +344,8 @@ def _check_task(task: str, *, problem_type: str, num_labels: int) -> None:
         raise ConfigError(
             f"task {task!r} scores {TASKS[task]} models, the data are {problem_type}."
         )
+    if task == KNEE and num_labels != len(KNEE_LABELS):
+        raise ConfigError(f"task {task!r} needs four labels, the data have {num_labels}.")
     if task in (BINARY, BINARY_AUPRC) and num_labels != 2:
         raise ConfigError(f"task {task!r} needs two classes, the data have {num_labels}.")
 

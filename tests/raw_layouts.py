@@ -15,6 +15,9 @@ from PIL import Image
 from tests.av_mnist_layouts import av_mnist, avmnist_npy
 
 
+from tests.raw_slices import fastmri_knee
+
+
 def jpeg(colour=(120, 60, 30), *, format="JPEG", size=(8, 6)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, format)
@@ -366,3 +369,6 @@ def nlvr2(folder: Path) -> Path:
 
 
 MAKERS |= {"vqa_v2": vqa_v2, "vqa_vs": vqa_vs, "nlvr2": nlvr2}
+
+
+MAKERS |= {"fastmri_knee": fastmri_knee}

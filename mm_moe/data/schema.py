@@ -27,12 +27,14 @@ PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION, NO_LABEL)
 
 # Families of scores; where a data set names none, its problem type is its family.
 BINARY, BINARY_AUPRC = "binary", "binary_auprc"
+KNEE = "knee_findings"  # four labels: abnormal, meniscus tear, cruciate ligament, cartilage
 VQA = "vqa"  # soft targets: {class: share}
 SENTIMENT_MOSI, SENTIMENT_SIMS = "sentiment_mosi", "sentiment_sims"
 TASKS = {  # family -> the problem type that its model is trained on
     **{name: name for name in PROBLEM_TYPES},
     BINARY: SINGLE_LABEL,
     BINARY_AUPRC: SINGLE_LABEL,
+    KNEE: MULTI_LABEL,
     VQA: MULTI_LABEL,
     SENTIMENT_MOSI: REGRESSION,
     SENTIMENT_SIMS: REGRESSION,

@@ -8,17 +8,17 @@ are computed from the training rows. N samples, T steps, D width.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mm_moe.data.prepare.hdf5 import need_h5py
 from mm_moe.data.prepare.raw import SEQUENCES, RawDataSet, RawRow
 from mm_moe.data.prepare.sentiment import join_id
 from mm_moe.data.schema import SINGLE_LABEL
-from mm_moe.errors import ConfigError, DataError
+from mm_moe.errors import DataError
 
 NAMES = {"train": "trn", "validation": "val", "test": "tst"}  # our splits, theirs
 FILES = {
@@ -62,7 +62,7 @@ class IemocapRaw(RawDataSet):
         self.records = {split: _read_target(*paths) for split, paths in targets.items()}
         count = 1 + max(max(labels, default=0) for _, labels in self.records.values())
         self.label_names = tuple(f"emotion {n}" for n in range(max(count, 4)))
-        self.h5py = _h5py()
+        self.h5py = need_h5py("IEMOCAP's features")
 
     def splits(self) -> tuple[str, ...]:
         """Train ("trn"), validation ("val") and test ("tst") of the fold."""
@@ -108,13 +108,3 @@ def _read_target(names_path: Path, labels_path: Path) -> tuple[list[str], list[i
             f"{labels_path} has shape {labels.shape}, {names_path.name} {len(names)} names."
         )
     return [join_id(name) for name in names], [int(label) for label in labels]
-
-
-def _h5py() -> Any:
-    """The optional library of HDF5 files."""
-    try:
-        return importlib.import_module("h5py")
-    except ImportError as error:
-        raise ConfigError(
-            "IEMOCAP's features are HDF5 files; install their reader with `pip install h5py`."
-        ) from error

@@ -94,9 +94,11 @@ class PreparedData(DataSource):
         """Ids, groups and labels; no payload is read."""
         for path in self._shards(split):
             with reading(str(path)):
-                rows = pq.read_table(path, columns=["id", "group", "label"]).to_pylist()
+                known = pq.read_schema(path).names  # older files have no mask_key
+                columns = [name for name in ("id", "group", "mask_key", "label") if name in known]
+                rows = pq.read_table(path, columns=columns).to_pylist()
             for row in rows:
-                yield Sample(row["id"], label=self._label(row), group=row["group"])
+                yield self._sample(row, {})
 
     def _shards(self, split: str) -> list[Path]:
         record = self.info["splits"][self.check_split(split)]
@@ -106,7 +108,11 @@ class PreparedData(DataSource):
         """Encoded images, texts, sequences as their float32 bytes, and packed arrays."""
         cells = {name: self._payload(name, row[name]) for name in self._kinds}
         payload = {name: value for name, value in cells.items() if value}
-        return Sample(row["id"], payload, self._label(row), group=row["group"])
+        return self._sample(row, payload)
+
+    def _sample(self, row: dict[str, Any], payload: dict[str, Any]) -> Sample:
+        key = row.get("mask_key") or ""
+        return Sample(row["id"], payload, self._label(row), group=row["group"], mask_key=key)
 
     def _label(self, row: dict[str, Any]) -> Any:
         """The label; soft targets as {class: share}."""
@@ -211,6 +217,12 @@ class AvMnistNpyData(PreparedData):
     """AV-MNIST's published arrays, prepared."""
 
     expected = "avmnist_npy"
+
+
+class FastmriKneeData(PreparedData):
+    """fastMRI knee slices, magnitude and phase, prepared."""
+
+    expected = "fastmri_knee"
 
 
 class VqaV2Data(PreparedData):

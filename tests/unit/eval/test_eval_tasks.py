@@ -125,8 +125,8 @@ def test_weighted_f1_agrees_with_scikit_learn():
 def test_chance_knows_every_metric_of_every_task(task):
     kind = TASKS[task]
     rng = np.random.default_rng(2)
-    count = 1 if kind == "regression" else 2
-    labels = rng.integers(0, 2, (400, 2) if kind.startswith("multi") else 400)
+    count = 1 if kind == "regression" else 4 if task == "knee_findings" else 2
+    labels = rng.integers(0, 2, (400, count) if kind.startswith("multi") else 400)
     prior = np.full(count, 0.6)
     levels = chance(labels, prior=prior, problem_type=kind, num_labels=count, task=task)
     for level in levels.values():
@@ -162,6 +162,20 @@ def test_vqa_takes_the_share_of_the_highest_answer():
     levels = chance(labels, prior=np.array([0.1, 0.4, 0.2]), **kind)  # always answer 1
     assert levels["majority"]["vqa_score"] == pytest.approx(1 / 3)
     assert levels["uniform"]["vqa_score"] == pytest.approx((1.3 + 1.5) / 9)
+
+
+def test_knee_findings_by_label():
+    labels = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0, 1]])
+    logits = np.array([[3.0, 1, 0, 9], [1, 2, 0, 9], [2, 0, 0, 9], [0, 3, 0, 9]])
+    kind = {**MULTI, "num_labels": 4, "task": "knee_findings"}
+    found = scores(logits, labels, **kind)
+    # abnormal: 3, 2 beat 1, 0; mtear: 2 beats 1 but not 3, 0 none; acl: nobody; cartilage: ties
+    expected = {"abnormal": 1.0, "mtear": 1 / 4, "acl": 0.5, "cartilage": 0.5}
+    assert found == {
+        "mean_auroc": pytest.approx((1 + 1 / 4 + 1 / 2) / 3),
+        **{f"auroc_{name}": pytest.approx(value) for name, value in expected.items()},
+    }
+    assert chance(labels, prior=labels.mean(0), **kind)["uniform"]["mean_auroc"] == 0.5
 
 
 def test_rare_codes_are_headed_by_their_average_precision():
