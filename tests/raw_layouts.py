@@ -13,8 +13,6 @@ import numpy as np
 from PIL import Image
 
 from tests.av_mnist_layouts import av_mnist, avmnist_npy
-
-
 from tests.raw_slices import fastmri_knee
 
 
@@ -280,8 +278,6 @@ def urfunny(folder: Path) -> Path:
 
 MAKERS |= {"mmsd": mmsd, "mustard": mustard, "urfunny": urfunny}
 MAKERS |= {"av_mnist": av_mnist, "avmnist_npy": avmnist_npy}
-
-
 
 
 def vqa_entries(numbers, *, answers) -> tuple[list, list]:

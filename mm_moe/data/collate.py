@@ -119,10 +119,8 @@ class Collator:
     def _decode(self, modality: str, sample: Sample) -> Any:
         """The value for the processor, or None for an image that does not decode."""
         value = sample.payload[modality]
-        if base_modality(modality) != IMAGE or isinstance(value, PackedArray):
-
-
-        if base_modality(modality) != IMAGE or modality in self.vectors:
+        is_image = base_modality(modality) == IMAGE and modality not in self.vectors
+        if not is_image or isinstance(value, PackedArray):
             return value
         try:
             return decode_image(value)

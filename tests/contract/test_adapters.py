@@ -9,10 +9,7 @@ from tests.contract.test_backbones import TINY
 
 torch.set_num_threads(1)
 UNUSED_BY_ONE_TOKEN = ("query", "key", "q_proj", "k_proj", "cross")
-WITHOUT_ATTENTION = {"small"}
-
-
-WITHOUT_ATTENTION = {"features"}
+WITHOUT_ATTENTION = {"small", "features"}
 
 
 def small_model(name, **fields):

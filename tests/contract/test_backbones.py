@@ -79,8 +79,7 @@ TINY["small"] = {
         "image": {"shape": [8, 8], "scale": 255.0},
         "audio": {"shape": [2, 9, 8], "scale": 1.0},
     },
-
-
+}
 TINY["features"] = {
     "sequences": {"image": {"width": 6, "length": 1}, "text": {"width": 6, "length": 1}}
 }

@@ -5,7 +5,7 @@ Layout: `metadata_knee.csv` (volume_id, slice_id, labels, data_split, ...) and
 experiments have them and as `launch/prepare_data.py fastmri_slices` writes them.
 
 The image is the centred inverse Fourier transform of k-space; magnitude and phase are the middle
-320 x 320 of it, not normalised. Both are stored as 320 steps of width 320, 410 kB each.
+320 x 320 of it, not normalised. Both are stored as float32 arrays, 410 kB each.
 
 Y rows, X columns.
 """
@@ -25,7 +25,7 @@ from mm_moe.data.kspace import add_noise, centred_image, magnitude_and_phase
 from mm_moe.data.prepare.fastmri_slices import METADATA
 from mm_moe.data.prepare.hdf5 import need_h5py
 from mm_moe.data.prepare.knee_labels import FINDINGS, SPLIT_NAMES, four_labels, split_volumes
-from mm_moe.data.prepare.raw import SEQUENCES, SPLITS, RawDataSet, RawRow
+from mm_moe.data.prepare.raw import ARRAYS, SPLITS, RawDataSet, RawRow
 from mm_moe.data.schema import KNEE, MULTI_LABEL
 from mm_moe.errors import ConfigError, DataError
 
@@ -59,8 +59,6 @@ class FastmriKneeRaw(RawDataSet):
         "Slices of one volume are in one split and are no independent samples (group).",
         "Magnitude and phase are not normalised, as in the published experiments.",
     )
-    trims_padding = False
-    statistics_over = ()
 
     def __init__(self, source: Path, *, split: str = "metadata", noise: float = 0.0) -> None:
         super().__init__(source)
@@ -68,7 +66,7 @@ class FastmriKneeRaw(RawDataSet):
             raise ConfigError(f"fastmri_knee: split is {split!r}; take metadata or sorted.")
         if not 0 <= noise <= 100:
             raise ConfigError(f"fastmri_knee: noise ({noise}) is a percentage from 0 to 100.")
-        self.kinds = {"magnitude": SEQUENCES, "phase": SEQUENCES}
+        self.kinds = {"magnitude": ARRAYS, "phase": ARRAYS}
         self.split, self.noise = split, noise
         self.h5py = need_h5py("fastMRI's slices")
         self.path = self.need(METADATA)

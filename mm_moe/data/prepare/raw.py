@@ -82,7 +82,6 @@ class RawDataSet(ABC):
     statistics_over: tuple[str, ...] = ("train",)
     scales: Mapping[str, float] = MappingProxyType({})
 
-
     needs_labels: bool = True
 
     def __init__(self, source: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launch import prepare_data
-from launch.assemble import label_fields
+from launch.model_config import label_fields
 from mm_moe.data.collate import Collator
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.sets.cached_features import CachedFeaturesData
