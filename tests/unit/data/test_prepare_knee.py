@@ -85,7 +85,7 @@ def test_magnitude_phase_and_labels(slices, tmp_path):
         magnitude, phase = magnitude_and_phase(centred_image(file["sc_kspace"][()]), 320)
     for name, wanted in (("magnitude", magnitude), ("phase", phase)):
         assert np.array_equal(sample.payload[name].array(), wanted)
-        assert source.arrays[name] == {"shape": [320, 320], "scale": 1.0}  # not normalised
+        assert source.array_shapes[name] == {"shape": [320, 320], "scale": 1.0}  # not normalised
     volumes = {split: {s.group for s in source.index(split)} for split in source.splits()}
     assert not volumes["train"] & volumes["test"]
     assert not volumes["train"] & volumes["validation"]
