@@ -287,7 +287,7 @@ def test_a_prepared_folder_is_checked_when_it_is_opened(tmp_path):
     with pytest.raises(DataError, match=r"no .*dataset_info.json; make it with"):
         PreparedData(str(tmp_path))
     shard = out / "train-00000.parquet"
-    assert pq.read_schema(shard).names == ["id", "group", "image", "text", "label"]
+    assert pq.read_schema(shard).names == ["id", "group", "mask_key", "image", "text", "label"]
     shard.write_bytes(shard.read_bytes()[:-9])
     with pytest.raises(DataError, match=r"train-00000.parquet has \d+ bytes, its record says"):
         PreparedData(str(out))
