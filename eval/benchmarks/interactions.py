@@ -49,7 +49,7 @@ EXPERT_HIDDEN = 28  # of each expert: the sparse model is no larger than three o
 NOISE = 0.2
 ENSEMBLE = 3
 CATEGORY_OF = np.array([0, 1, 2, 3, 3])  # of each mechanism; xor is synergy, too
-CATEGORISED = {  # what the categoriser is tried on
+CATEGORISED: dict[str, dict[str, Any]] = {  # what the categoriser is tried on
     "random": {"shares": SHARES, "noise": NOISE},
     "wrong": {"shares": {**SHARES, "R": 0.6}, "noise": NOISE, "other": "wrong"},
     "xor": {"shares": {"xor": 1.0}, "noise": NOISE, "cue": False},
@@ -243,8 +243,9 @@ def family_table(args: argparse.Namespace) -> list[dict[str, Any]]:
 def figures_of(tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """What the tables say in few numbers; those of a table that was not made are left out."""
     found: dict[str, Any] = {}
-    known = [row["identifiable"] for row in tables.get("categoriser", [])]
-    if known := [value for value in known if value is not None]:
+    told = (row["identifiable"] for row in tables.get("categoriser", []))
+    known = [float(value) for value in told if value is not None]
+    if known:
         found["recovered_identifiable"] = round(min(known), 4)
     experts = tables.get("experts", [])
     for num_rows in dict.fromkeys(row["rows"] for row in experts):

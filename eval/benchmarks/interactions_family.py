@@ -44,7 +44,7 @@ def composed(members: dict[str, Any], source: InteractionDialData) -> ComposedMo
         members={name: model.config.to_dict() for name, model in members.items()},
         combine="product",
         label_names=list(source.label_names),
-        problem_type=source.problem_type,
+        problem_type="single_label_classification",
     )
     return ComposedModel(config, members={n: copy.deepcopy(m) for n, m in members.items()})
 

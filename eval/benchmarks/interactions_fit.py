@@ -76,7 +76,7 @@ def config_of(
         backbone_config={"sequences": sequences, "towers": dict.fromkeys(modalities, TOWER)},
         modalities=list(modalities),
         label_names=list(source.label_names),
-        problem_type=SINGLE_LABEL,
+        problem_type="single_label_classification",
         **fields,
     )
 
