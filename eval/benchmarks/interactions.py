@@ -276,8 +276,8 @@ def main() -> None:
         tables["experts"] = expert_table(args)
     if "family" in args.only:
         tables["family"] = family_table(args)
-    result = {"benchmark": "interactions", "figures": figures_of(tables), **describe_machine()}
-    result["cpu_seconds"] = round(time.process_time() - begin)
+    result: dict[str, Any] = {"benchmark": "interactions", "figures": figures_of(tables)}
+    result |= {**describe_machine(), "cpu_seconds": round(time.process_time() - begin)}
     if not args.quick:
         name = "interactions" if set(args.only) == set(TABLES) else f"interactions_{args.only[0]}"
         RESULTS.mkdir(exist_ok=True)
