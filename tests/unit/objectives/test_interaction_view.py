@@ -77,6 +77,9 @@ def test_an_expert_sees_the_training_rows_of_its_category_alone(path, category, 
     assert streamed(source, "train", 40) == pairs(own[:40])
     assert streamed(source, "test", 5) == pairs(SAMPLES["test"][:5])
     assert source.label_names == EMOJI.label_names
+    # The shuffle sees the same rows, and none of the others.
+    shuffled = SampleStream(source, split="train", batch_size=1, epochs=1, shuffle_buffer=50)
+    assert sorted(sample.id for sample in shuffled) == sorted(sample.id for sample in own)
     # A second epoch begins behind exactly so many rows.
     late = SampleStream(source, split="train", batch_size=1, epochs=2, start=len(own))
     assert next(iter(late)).id == own[0].id
