@@ -64,9 +64,13 @@ class Entry:
         """
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.refuse(key, f"must be a number, is {_kind(value)}")
-        if not math.isfinite(value):
+        try:
+            found = float(value)
+        except OverflowError:
+            self.refuse(key, "must be finite, is a whole number beyond any float")
+        if not math.isfinite(found):
             self.refuse(key, f"must be finite, is {value}")
-        return float(value)
+        return found
 
     def numbers(self, key: str, value: Any, *, counts: tuple[int, ...]) -> list[float]:
         """A list of finite numbers of one of the given lengths.
@@ -87,7 +91,7 @@ class Entry:
             DataError: it is none, or outside the classes.
         """
         found = WORDS.get(value.strip().lower(), value) if isinstance(value, str) else value
-        if isinstance(found, str) and found.strip().isdigit():
+        if isinstance(found, str) and found.strip().isdecimal():
             found = int(found)
         if isinstance(found, float) and found.is_integer():
             found = int(found)
@@ -132,6 +136,11 @@ def parse(text: str, *, path: Path, line: int | None = None) -> Any:
         at = line or error.lineno
         raise DataError(
             f"{path}: line {at}, column {error.colno}: not valid JSON: {error.msg}."
+        ) from error
+    except ValueError as error:  # what int refuses: thousands of digits
+        place = f"line {line}, " if line else ""
+        raise DataError(
+            f"{path}: {place}not readable as JSON: a number of too many digits."
         ) from error
     except RecursionError as error:
         raise DataError(f"{path}: nested too deep.") from error
