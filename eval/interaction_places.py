@@ -5,10 +5,10 @@ C classes, K categories.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from mm_moe.data.interactions.published import (
 )
 from mm_moe.errors import DataError
 
+T = TypeVar("T")
 NUM_CLASSES = 2
 GOLD_KEYS = ("label", "sarcasm")  # of a raw record
 OUTPUTS = "expert_inference_output"
@@ -45,11 +46,13 @@ class Categories:
         test: id -> place in `CATEGORIES`; None: not known.
         prior_KC: label frequencies of the training samples of each category; None: not known.
         notes: how they were found.
+        failures: what of them could not be read -> why.
     """
 
     test: Mapping[str, int] | None
     prior_KC: np.ndarray | None
     notes: tuple[str, ...] = ()
+    failures: Mapping[str, str] = field(default_factory=dict)
 
 
 def places(folder: Path, dataset: str) -> Iterator[Place]:
@@ -75,14 +78,15 @@ def categories_of(folder: Path, dataset: str) -> Categories:
     """The categories of the test samples, and the training label frequencies of each.
 
     They are those of `data_split_output`; without it they are made from the unimodal predictions in
-    `data_gen_output`. Where both are there a note tells how many agree.
-
-    Raises:
-        DataError: a file deviates, or only some of the three are there.
+    `data_gen_output`. Where both are there a note tells how many agree. Where a file deviates or
+    only some of the three are there, that source is left out and stands among the failures: the
+    logits can be scored without it.
     """
+    failures: dict[str, str] = {}
     for root in roots(folder):
         files = PublishedFolder(root, dataset)
-        split, made = _split_categories(files), _made_categories(files)
+        split = _tried(_split_categories, files, "test categories", failures)
+        made = _tried(_made_categories, files, "unimodal predictions", failures)
         if split is None and made is None:
             continue
         notes = []
@@ -94,8 +98,23 @@ def categories_of(folder: Path, dataset: str) -> Categories:
                 f"test categories from the split files; {same} of {len(split)} equal those from "
                 "the unimodal predictions"
             )
-        return Categories(made if split is None else split, _train_prior(files), tuple(notes))
-    return Categories(None, None)
+        prior_KC = _tried(_train_prior, files, "training categories", failures)
+        return Categories(made if split is None else split, prior_KC, tuple(notes), failures)
+    return Categories(None, None, failures=failures)
+
+
+def _tried(
+    read: Callable[[PublishedFolder], T | None],
+    files: PublishedFolder,
+    what: str,
+    failures: dict[str, str],
+) -> T | None:
+    """What `read` finds; None where it fails, with the reason among the failures."""
+    try:
+        return read(files)
+    except DataError as error:
+        failures[f"{files.dataset}: {what}"] = str(error)
+        return None
 
 
 def _has_split(files: PublishedFolder, split: str) -> bool:

@@ -58,7 +58,7 @@ class Rescore:
 
     Attributes:
         sections: one for each expert folder, data set and variant (see `eval.interaction_report`).
-        failures: title of an expert folder -> why it could not be scored.
+        failures: title of an expert folder, or what of the categories could not be read -> why.
     """
 
     sections: list[dict[str, Any]] = field(default_factory=list)
@@ -90,11 +90,8 @@ def rescore(
         found = list(places(folder, dataset))
         if not found:
             continue
-        try:
-            known = categories_of(folder, dataset)
-        except MMMoEError as error:
-            done.failures[dataset] = str(error)
-            continue
+        known = categories_of(folder, dataset)
+        done.failures |= known.failures
         for place in found:
             try:
                 done.sections += list(_sections(place, found, known, tau, num_resamples))

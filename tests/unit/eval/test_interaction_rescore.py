@@ -255,6 +255,38 @@ def test_a_file_that_deviates_is_named(mustard, part, rows, words):
     assert re.search(words, why), why
 
 
+def test_categories_that_deviate_are_told_and_the_logits_scored(mustard):
+    data = mustard / "mustard_data"
+    write_split(data, "mustard", split="train")
+    (data / "data_split_output/mustard_U_dataset_train_cogvlm2_qwen2.json").unlink()
+    for name in ("text_only_pred_qwen2", "image_only_pred_cogvlm2"):
+        path = data / f"data_gen_output/mustard_{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"1_60": {"logits": {"Yes": 1, "No": 0}, "gth": null, "pred": 1}}')
+    done = rescore(mustard, num_resamples=5)
+    (section,) = done.sections
+    # The test categories are whole, so the oracle is there; the training ones are not.
+    assert values(section, "oracle", "accuracy", "f1") == pytest.approx([5 / 6, 6 / 7])
+    assert not any(r["name"] == "category_prior" for r in section["rows"])
+    assert "id '1_60': key 'gth'" in done.failures["mustard: unimodal predictions"]
+    assert "U_dataset_train" in done.failures["mustard: training categories"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("4.0]", "1" + "0" * 400 + "]", "line 1, id '1_60': key 'logits' must be finite"),
+        ("4.0]", "1" + "0" * 5000 + "]", "line 1, not readable as JSON"),
+        ('"target": 1', '"target": "\u00b2"', "line 1, id '1_60': key 'target' must be a class"),
+    ],
+)
+def test_numbers_that_python_cannot_read_are_named(mustard, old, new, words):
+    path = mustard / "mustard_data/expert_inference_output/expert_blip2/mustard_R_logits.jsonl"
+    path.write_text(path.read_text().replace(old, new, 1), encoding="utf-8")
+    (why,) = rescore(mustard, num_resamples=5).failures.values()
+    assert words in why
+
+
 def test_the_program_prints_writes_and_fails_loudly(mustard, monkeypatch, capsys):
     monkeypatch.chdir(mustard)
     words = ["--rescore", str(mustard), "--dataset", "mustard", "--output", "out"]
