@@ -26,7 +26,7 @@ from mm_moe.arguments import dataset_options
 from mm_moe.batch import Sample
 from mm_moe.data.interactions.build import CALIBRATED, STORED, Judging, build_table, describe
 from mm_moe.data.interactions.cross_fit import FOLDS
-from mm_moe.data.interactions.export import export_published
+from mm_moe.data.interactions.export import check_exportable, export_published
 from mm_moe.data.interactions.hard_labels import UniScores
 from mm_moe.data.interactions.table import InteractionTable
 from mm_moe.data.schema import SINGLE_LABEL, DataSource
@@ -166,9 +166,15 @@ def main(argv: list[str]) -> int:
     judging = Judging(options.mode or default, options.min_gap, options.balance)
     if judging.mode == STORED and options.labeller != "files":
         raise ConfigError(f"--mode {STORED} is for --labeller files; take {CALIBRATED}.")
+    if options.raw and not options.write_published:
+        raise ConfigError("--raw is for the published layout; add --write_published.")
     check_output(options.output, overwrite=options.overwrite)
     source = open_source(options)
     samples = read_samples(source, options.splits)
+    if options.write_published and options.labeller != "files":
+        check_exportable(
+            source, modalities=source.modalities, splits=list(samples), raw=options.raw
+        )
     scores, stored, origin = LABELLERS[options.labeller](options, source, samples)
     table = build_table(
         samples,
@@ -180,6 +186,8 @@ def main(argv: list[str]) -> int:
         origin={"labeller": options.labeller, "data": source.fingerprint(), **origin},
     )
     about = describe(table)
+    if options.write_published:  # the files name modalities of their own
+        check_exportable(source, modalities=table.modalities, splits=list(samples), raw=options.raw)
     write(table, about, options)
     if options.write_published:
         export_published(table, scores, source, folder=options.output, raw=options.raw)

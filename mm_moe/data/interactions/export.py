@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +43,43 @@ def export_published(
         ConfigError: the published layout has no place for these modalities, classes or splits.
         DataError: the raw tables lack a sample.
     """
-    if set(table.modalities) != {IMAGE, TEXT} or len(table.label_names) != 2:
-        raise ConfigError(
-            f"the published layout is for image and text and two classes; {table.dataset!r} has "
-            f"{', '.join(table.modalities)} and {len(table.label_names)} classes. Leave out "
-            "--write_published."
-        )
-    other = set(table.splits) - set(published.SPLITS)
-    if other:
-        raise ConfigError(f"the published layout has no split {', '.join(sorted(other))}.")
+    check_exportable(source, modalities=table.modalities, splits=table.splits, raw=raw)
     root = folder / f"{table.dataset}_data"
     for modality in table.modalities:
         path = root / "data_gen_output" / published.labels_name(table.dataset, modality)
         published.write_labels(path, _labels(table, scores[modality], modality))
     for split in dict.fromkeys(table.splits):
         _write_split(table, source, split, root=root, raw=raw)
+
+
+def check_exportable(
+    source: DataSource, *, modalities: Sequence[str], splits: Sequence[str], raw: Path | None
+) -> None:
+    """Refuse what the published layout has no place for, before anything is written.
+
+    Raises:
+        ConfigError: other modalities, classes or splits.
+        DataError: a raw table is not there.
+    """
+    if set(modalities) != {IMAGE, TEXT} or len(source.label_names) != 2:
+        raise ConfigError(
+            f"the published layout is for image and text and two classes; {source.name!r} has "
+            f"{', '.join(modalities)} and {len(source.label_names)} classes. Leave out "
+            "--write_published."
+        )
+    other = sorted(set(splits) - set(published.SPLITS))
+    if other:
+        raise ConfigError(
+            f"the published layout has no split {', '.join(other)}; leave it out of --splits, or "
+            "leave out --write_published."
+        )
+    for split in dict.fromkeys(splits) if raw is not None else ():
+        if not (path := _raw_table(raw, source, split)).is_file():
+            raise DataError(f"--raw: {path} is not there; name the folder of the raw tables.")
+
+
+def _raw_table(raw: Path | None, source: DataSource, split: str) -> Path:
+    return (raw or Path()) / f"{source.name}_dataset_{published.SPLITS[split]}.json"
 
 
 def _labels(
@@ -97,8 +119,7 @@ def _records(
     source: DataSource, split: str, *, raw: Path | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     if raw is not None:
-        path = raw / f"{source.name}_dataset_{published.SPLITS[split]}.json"
-        for entry in read_records(path):
+        for entry in read_records(_raw_table(raw, source, split)):
             yield entry.name, entry.value
         return
     for row in source.stream(split):

@@ -132,6 +132,18 @@ def test_own_predictors_cover_every_row(mmsd, capsys):
         run(mmsd, *words)
 
 
+def test_the_published_layout_is_checked_before_anything_is_written(tmp_path, mmsd):
+    words = ["--write_published", "--output", str(tmp_path / "table")]
+    with pytest.raises(ConfigError, match="'emoji' has image, text and 9 classes"):
+        prepare_data.main(["interactions", "--dataset", "emoji", *words])
+    files = ["--labeller", "files", "--published", str(published(tmp_path))]
+    with pytest.raises(DataError, match=r"mmsd_dataset_train\.json is not there"):
+        run(mmsd, *files, "--write_published", "--raw", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="add --write_published"):
+        run(mmsd, *files, "--raw", str(tmp_path))
+    assert not (tmp_path / "table").exists()
+
+
 def test_twins_are_held_out_together():
     # 40 texts, each of two rows, and labels that have nothing to do with them
     rng = np.random.default_rng(0)
