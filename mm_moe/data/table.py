@@ -7,7 +7,6 @@ A table is a fixed answer for given ids, where `MissingProtocol` answers for any
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -138,6 +137,10 @@ class MissingTable:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             if record["format"] != FORMAT:
                 raise KeyError("format")
+            if not isinstance(record["origin"], dict):
+                raise TypeError("its origin is no object")
+            if not all(type(pattern) is int for pattern in record["patterns"]):
+                raise TypeError("its patterns are no whole numbers")
             table = cls(
                 ids=tuple(record["ids"]),
                 patterns=tuple(record["patterns"]),
@@ -145,7 +148,7 @@ class MissingTable:
                 origin=record["origin"],
             )
             expected = record["sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path} is not a missing table ({FORMAT}): {error}.") from error
         if table.table_hash() != expected:
             raise DataError(f"the missing table {path} was changed: its hash does not match.")
@@ -173,9 +176,14 @@ def import_legacy_table(path: str | Path, *, ids: Sequence[str]) -> MissingTable
     """
     try:
         codes = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is not a missing table of numbers: {error}.") from error
-    if not isinstance(codes, Tensor) or codes.dim() != 1:
+    except Exception as error:  # a damaged pickle raises nearly anything
+        # only the kind: the library's own text tells how to run what a strange pickle asks for
+        raise DataError(
+            f"{path} is not a missing table of numbers ({type(error).__name__}); take the file of "
+            "the release, or a table of ours."
+        ) from error
+    whole = isinstance(codes, Tensor) and codes.layout == torch.strided
+    if not whole or codes.dim() != 1 or codes.is_complex():
         raise DataError(f"{path} does not hold one vector of codes.")
     if len(codes) != len(ids):
         raise DataError(

@@ -134,7 +134,7 @@ def _image(path: Path) -> bytes:
         content = path.read_bytes()
     except FileNotFoundError:
         raise BadRowError(f"image file is missing: {path.name}") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter: a name with a zero byte
         raise BadRowError(f"image file cannot be read: {type(error).__name__}") from error
     try:
         decode_image(content)

@@ -122,8 +122,8 @@ class FastmriKneeRaw(RawDataSet):
             with self.h5py.File(path, "r") as file:
                 if "sc_kspace" not in file:
                     raise DataError("no sc_kspace; magnitude and phase need a single coil")
-                kspace_YX = file["sc_kspace"][()]
-        except OSError as error:
+                kspace_YX = np.asarray(file["sc_kspace"][()])
+        except (OSError, KeyError, TypeError) as error:  # a link or a group where an array belongs
             raise DataError(f"slice file is missing or damaged: {path.name}") from error
         if kspace_YX.ndim != 2 or min(kspace_YX.shape) < SIDE or kspace_YX.dtype.kind != "c":
             raise DataError(f"sc_kspace has shape {kspace_YX.shape} of {kspace_YX.dtype}")
@@ -147,7 +147,7 @@ def _read(path: Path) -> list[dict[str, str]]:
             if lost:
                 raise DataError(f"{path} has no column {lost[0]!r}.")
             return list(table)
-    except OSError as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {type(error).__name__}.") from error
 
 

@@ -129,7 +129,7 @@ def _volume(
                         "location": f"{volume}/{name}.h5",
                     }
                 )
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} is no volume of fastMRI ({type(error).__name__}); fetch it again."
         ) from error

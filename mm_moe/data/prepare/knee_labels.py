@@ -17,6 +17,7 @@ FINDINGS = ("abnormal", "mtear", "acl", "cartilage")
 COLUMNS = ("file", "slice", "label")
 SPLIT_NAMES = {"train": "train_class", "validation": "val_class", "test": "test_class"}
 SEED = 0  # of the published split
+LEAST = 4  # volumes that leave no split empty
 
 
 def four_labels(findings: Iterable[str]) -> list[int]:
@@ -38,7 +39,7 @@ def read_findings(path: Path) -> dict[tuple[str, int], list[str]]:
     """(volume, slice) -> its findings, each once, in the file's order.
 
     Findings of a whole study stand at the slice that their line names (0), as in published code; a
-    line that names none is passed over.
+    line that names no slice or no finding is passed over.
 
     Raises:
         DataError: no such file, or it lacks a column.
@@ -51,11 +52,11 @@ def read_findings(path: Path) -> dict[tuple[str, int], list[str]]:
             if lost:
                 raise DataError(f"{path} has no column {lost[0]!r}; take knee.csv of fastMRI+.")
             for line in table:
-                if (line["slice"] or "").strip().isdigit():
+                if line["label"] and (line["slice"] or "").strip().isdecimal():
                     findings = found.setdefault((line["file"], int(line["slice"])), [])
                     if line["label"] not in findings:
                         findings.append(line["label"])
-    except OSError as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {type(error).__name__}.") from error
     return found
 
@@ -68,7 +69,7 @@ def read_volumes(path: Path) -> list[str]:
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {type(error).__name__}.") from error
     names = {line.split(",")[0].strip().removesuffix(".h5") for line in lines}
     if not names - {""}:
@@ -82,9 +83,16 @@ def split_volumes(volumes: Sequence[str]) -> dict[str, str]:
     The published code deals a set of names, whose order (and so the split) changes from process to
     process; here the names are sorted first. A patient may have several volumes: neither keeps
     them together.
+
+    Raises:
+        DataError: fewer than four volumes, which leave a split empty.
     """
     from sklearn.model_selection import train_test_split  # slow to import
 
+    if len(volumes) < LEAST:
+        raise DataError(
+            f"{len(volumes)} volumes cannot be dealt into three splits; it takes {LEAST}."
+        )
     train, rest = train_test_split(sorted(volumes), test_size=0.3, random_state=SEED)
     test, validation = train_test_split(rest, test_size=0.5, random_state=SEED)
     parts = {"train": train, "validation": validation, "test": test}

@@ -111,12 +111,22 @@ class MimicImpkRaw(RawDataSet):
                 "static": _finite(content["adm_features_all"][n], "static", repairs)[None],
                 "series": _finite(content["ep_tdata"][n], "series", repairs),
             }
-            yield RawRow(f"stay-{n}", payload, self._label(n), repairs=repairs)
+            name = f"stay-{n}"
+            if np.isfinite(self._label_cells(n)).all():
+                yield RawRow(name, payload, self._label(n), repairs=repairs)
+            else:  # no comparison with NaN is true: it would count as class 0
+                yield RawRow(name, fault="NaN or infinite label")
+
+    def _label_cells(self, n: int) -> np.ndarray:
+        """The numbers that the label of a stay is made of, by their columns."""
+        if self.what == MORTALITY:
+            return self.content["adm_labels_all"][n, :6]
+        return self.content["y_icd9"][n]
 
     def _label(self, n: int) -> int:
         if self.what == MORTALITY:
-            return mortality_class(self.content["adm_labels_all"][n])
-        return int(self.content["y_icd9"][n, ICD9[self.what]] > 0)
+            return mortality_class(self._label_cells(n))
+        return int(self._label_cells(n)[ICD9[self.what]] > 0)
 
 
 def published_split(count: int) -> dict[str, list[int]]:

@@ -70,23 +70,27 @@ class Nlvr2Raw(RawDataSet):
             if label not in self.label_names:
                 yield RawRow(name, fault="no label True or False")
                 continue
+            sentence = record.get("sentence")
+            if not isinstance(sentence, str | None):
+                yield RawRow(name, fault="the sentence is no text")
+                continue
             payload: dict[str, Any] = {
                 FIRST: folder / f"{pair}-img0.png",
                 SECOND: folder / f"{pair}-img1.png",
-                TEXT: record.get("sentence") or "",
+                TEXT: sentence or "",
             }
             yield RawRow(name, payload, self.label_names.index(label), group=pair)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line that is not empty."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{path} is not JSON lines: line {number} does not parse."
                 ) from error

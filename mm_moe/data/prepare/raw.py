@@ -134,7 +134,7 @@ def read_json(path: Path, *, kind: type) -> Any:
         raise DataError(
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: nested too deep
         raise DataError(f"{path} cannot be read: {type(error).__name__}.") from error
     if not isinstance(value, kind):
         raise DataError(f"{path} holds a {type(value).__name__}; it should be a {kind.__name__}.")

@@ -112,9 +112,12 @@ class VqaRaw(RawDataSet):
         for number, question in enumerate(read_entries(self.questions[split], "questions")):
             try:
                 asked, image = int(question["question_id"]), int(question["image_id"])
-                text = str(question["question"])
-            except (KeyError, TypeError, ValueError):
+                text = question["question"]
+            except (KeyError, TypeError, ValueError, OverflowError):
                 yield RawRow(f"{split}:{number}", fault="no question_id, image_id or question")
+                continue
+            if not isinstance(text, str):
+                yield RawRow(self._id(split, asked), fault="the question is no text")
                 continue
             found = answers.get(asked)
             label = found and answer_shares(
@@ -140,9 +143,14 @@ class VqaRaw(RawDataSet):
         path = self.answers[split]
         found: dict[int, dict[str, Any]] = {}
         for entry in read_entries(path, "annotations"):
-            if not isinstance(entry.get("answers"), list) or "multiple_choice_answer" not in entry:
+            given = entry.get("answers")
+            whole = isinstance(given, list) and all(isinstance(one, dict) for one in given)
+            if not whole or "multiple_choice_answer" not in entry:
                 raise DataError(f"{path}: an entry has no answers or no multiple_choice_answer.")
-            found[int(entry["question_id"])] = entry
+            try:
+                found[int(entry["question_id"])] = entry
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                raise DataError(f"{path}: an entry has no number as question_id.") from error
         return found
 
 

@@ -50,7 +50,7 @@ def prepare(
         overwrite: replace an earlier output.
 
     Raises:
-        ConfigError: the output exists, or a number is out of range.
+        ConfigError: the output exists or cannot be made, or a number is out of range.
         DataError: too many bad rows, or a split without a good one; nothing is left behind.
     """
     check_target(output, overwrite=overwrite)
@@ -58,10 +58,14 @@ def prepare(
         raise ConfigError(f"--workers {workers} must be at least 1.")
     if not 0 <= max_bad_ratio <= 1:
         raise ConfigError(f"--max_bad_ratio {max_bad_ratio} is a share of the rows, from 0 to 1.")
-    output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {str(output)!r} cannot be made ({error.strerror}); name another folder."
+        ) from error
     try:
         info = _Preparation(raw, aside, workers=workers, max_bad_ratio=max_bad_ratio).run()
         _publish(aside, output)

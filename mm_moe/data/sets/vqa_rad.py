@@ -132,8 +132,10 @@ class VqaRadData(DataSource):
                     "answer": str(entry["answer"]),
                 }
                 phrase = str(entry["phrase_type"])
-            except (KeyError, TypeError) as error:
+            except KeyError as error:
                 raise DataError(f"{self.path}: an entry lacks {error}.") from error
+            except TypeError as error:
+                raise DataError(f"{self.path}: an entry is no object.") from error
             is_closed = plain_answer(row["answer"]) in YES_NO
             if self.questions == "all" or is_closed == (self.questions == "closed"):
                 found[_split_of(phrase, row["image_name"])].append(row)
@@ -150,6 +152,6 @@ def _with_images(rows: list[dict[str, Any]], path: Path) -> Iterator[dict[str, A
     """The rows with their encoded images."""
     with reading(str(path)):
         table = pq.read_table(path, columns=["image_name", "image"]).to_pylist()
-    images = {row["image_name"]: row["image"]["bytes"] for row in table}
+    images = {row["image_name"]: row["image"] for row in table}  # `to_sample` takes it apart
     for row in rows:
         yield {**row, "image": images.get(row["image_name"])}

@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,9 @@ import pytest
 
 from launch import prepare_data
 from mm_moe.data.kspace import centred_image, magnitude_and_phase
-from mm_moe.data.prepare.knee_labels import four_labels, split_volumes
+from mm_moe.data.prepare.knee_labels import four_labels, read_findings, split_volumes
 from mm_moe.data.sets.prepared import PreparedData
-from mm_moe.errors import ConfigError
+from mm_moe.errors import ConfigError, DataError
 from tests import raw_layouts, raw_slices
 
 h5py = pytest.importorskip("h5py", reason="pip install h5py")
@@ -117,3 +118,47 @@ def test_slices_are_not_written_over(slices):
     words = ["--source", str(slices), "--annotations", str(slices), "--output", str(slices)]
     with pytest.raises(ConfigError, match="name a new folder"):
         prepare_data.main(["fastmri_slices", *words])
+
+
+@pytest.mark.parametrize("kind", ["group", "text", "link"])
+def test_kspace_of_another_kind_is_quarantined(slices, tmp_path, kind):
+    folder = shutil.copytree(slices, tmp_path / "slices")
+    with h5py.File(min(folder.rglob("*.h5")), "a") as file:
+        del file["sc_kspace"]
+        if kind == "group":
+            file.create_group("sc_kspace")
+        else:
+            link = h5py.ExternalLink("/nowhere.h5", "/x")
+            file["sc_kspace"] = "text" if kind == "text" else link
+    source = run(folder, tmp_path / "out", "--max_bad_ratio", "0.6")
+    assert sum(record["quarantined"] for record in source.info["splits"].values()) == 1
+
+
+def test_tables_of_the_knee_that_are_no_text(slices, tmp_path):
+    folder = shutil.copytree(slices, tmp_path / "slices")
+    (folder / "metadata_knee.csv").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(DataError, match="UnicodeDecodeError"):
+        run(folder, tmp_path / "out")
+    (tmp_path / "knee.csv").write_bytes(b'file,slice,label\n"' + b"x" * 200_000)
+    with pytest.raises(DataError, match=r"knee\.csv cannot be read: Error"):
+        read_findings(tmp_path / "knee.csv")
+    (tmp_path / "knee.csv").write_text("file,slice,label\nv,\u00b2,tear\nv,1\nv,2,tear\n")
+    assert read_findings(tmp_path / "knee.csv") == {("v", 2): ["tear"]}
+
+
+def test_split_of_too_few_volumes_is_refused():
+    assert sorted(split_volumes("abcd").values()) == ["test", "train", "train", "validation"]
+    with pytest.raises(DataError, match="3 volumes cannot be dealt"):
+        split_volumes("abc")
+
+
+def test_volume_with_fewer_reconstructions_than_slices(tmp_path):
+    volumes, annotations = raw_slices.fastmri_volumes(tmp_path)
+    with h5py.File(volumes / "singlecoil_train" / f"{VOLUMES[0]}.h5", "a") as file:
+        whole = file["reconstruction_esc"][()]
+        del file["reconstruction_esc"]
+        file["reconstruction_esc"] = whole[:1]
+    words = ["--source", str(volumes), "--annotations", str(annotations)]
+    with pytest.raises(DataError, match="is no volume of fastMRI"):
+        prepare_data.main(["fastmri_slices", *words, "--output", str(tmp_path / "out")])
+    assert not list(tmp_path.glob("*out*"))

@@ -108,3 +108,15 @@ def test_an_unknown_task_lists_the_known_ones(tmp_path):
     folder = raw_layouts.mimic_impk(tmp_path / "raw")
     with pytest.raises(ConfigError, match="icd9_1"):
         run(folder, "--options", '{"task": "icd9_2"}')
+
+
+@pytest.mark.parametrize(("key", "task"), [("adm_labels_all", "mortality"), ("y_icd9", "icd9_1")])
+def test_label_that_is_nan_is_no_class_0(tmp_path, key, task):
+    raw = raw_layouts.mimic_impk(tmp_path / "raw")
+    content = content_of(raw)
+    content[key] = content[key].astype(float)
+    content[key][published_split(40)["train"][0], 1] = np.nan
+    (raw / "im.pk").write_bytes(pickle.dumps(content))
+    source = run(raw, "--options", f'{{"task": "{task}"}}', "--max_bad_ratio", "0.1")
+    assert source.info["splits"]["train"]["reasons"] == {"NaN or infinite label": 1}
+    assert source.size("train") == 31

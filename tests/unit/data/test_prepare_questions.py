@@ -9,7 +9,7 @@ from launch.scoring import train_prior
 from mm_moe.data.collate import Collator
 from mm_moe.data.decode import decode_image
 from mm_moe.data.sets.prepared import PreparedData
-from mm_moe.errors import DataError
+from mm_moe.errors import ConfigError, DataError
 from tests import raw_layouts
 
 
@@ -121,3 +121,73 @@ def test_nlvr2_rows_that_are_not_in_the_layout_are_named(tmp_path):
         "no identifier such as dev-1-0-0",
         "no number of a directory",
     }
+
+
+def edited(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+QUESTIONS = "v2_OpenEnded_mscoco_train2014_questions.json"
+ANSWERS = "v2_mscoco_train2014_annotations.json"
+
+
+@pytest.mark.parametrize(("key", "value"), [("question", None), ("question_id", float("inf"))])
+def test_vqa_question_that_is_none_is_quarantined(tmp_path, key, value):
+    raw = raw_layouts.vqa_v2(tmp_path / "raw")
+    edited(next(raw.rglob(QUESTIONS)), lambda c: c["questions"][0].__setitem__(key, value))
+    source = run("vqa_v2", raw, "--max_bad_ratio", "0.5")
+    assert source.info["splits"]["train"]["quarantined"] == 1
+    assert "None" not in [sample.payload["text"] for sample in samples(source, "train")]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("question_id", None, "no number as question_id"),
+        ("question_id", "x", "no number as question_id"),
+        ("answers", ["yes"], "no answers"),
+    ],
+)
+def test_vqa_answers_of_another_layout_are_named(tmp_path, key, value, says):
+    raw = raw_layouts.vqa_v2(tmp_path / "raw")
+    edited(next(raw.rglob(ANSWERS)), lambda c: c["annotations"][0].__setitem__(key, value))
+    with pytest.raises(DataError, match=says):
+        run("vqa_v2", raw)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"[" * 100_000])
+def test_tables_that_are_no_json(tmp_path, content):
+    nlvr2, vqa = raw_layouts.nlvr2(tmp_path / "a" / "raw"), raw_layouts.vqa_v2(tmp_path / "raw")
+    next(nlvr2.rglob("train.json")).write_bytes(content)
+    next(vqa.rglob(QUESTIONS)).write_bytes(content)
+    with pytest.raises(DataError, match="line 1 does not parse"):
+        run("nlvr2", nlvr2)
+    with pytest.raises(DataError, match="cannot be read"):
+        run("vqa_v2", vqa)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("sentence", ["a"], "the sentence is no text"),
+        ("identifier", "a\x00-0-0-0", "image file cannot be read"),
+    ],
+)
+def test_nlvr2_rows_of_another_kind_are_quarantined(tmp_path, key, value, reason):
+    raw = raw_layouts.nlvr2(tmp_path / "raw")
+    path = next(raw.rglob("train.json"))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0][key] = value
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = run("nlvr2", raw, "--max_bad_ratio", "0.5")
+    assert source.info["splits"]["train"]["reasons"] == {reason: 1}
+
+
+def test_output_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    words = ["nlvr2", "--source", str(raw_layouts.nlvr2(tmp_path / "raw"))]
+    with pytest.raises(ConfigError, match="cannot be made"):
+        prepare_data.main([*words, "--output", str(tmp_path / "file" / "out")])

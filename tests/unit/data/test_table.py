@@ -93,3 +93,37 @@ def test_legacy_table_cannot_run_code(tmp_path):
     torch.save(Intruder(), tmp_path / "t.pt", pickle_module=pickle)
     with pytest.raises(DataError, match="not a missing table of numbers"):
         import_legacy_table(tmp_path / "t.pt", ids=["a"])
+    with pytest.raises(DataError) as caught:  # one line, without the library's way around it
+        import_legacy_table(tmp_path / "t.pt", ids=["a"])
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"hello world", b"\x80\x02h\x05.", b"c\n", b"(lp0\n."])
+def test_legacy_table_that_is_damaged(tmp_path, content):
+    (tmp_path / "t.pt").write_bytes(content)
+    with pytest.raises(DataError, match="not a missing table of numbers"):
+        import_legacy_table(tmp_path / "t.pt", ids=["a"])
+
+
+@pytest.mark.parametrize("codes", [torch.zeros(2).to_sparse(), torch.zeros(2) + 0j])
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+def test_legacy_table_of_another_kind_of_tensor(tmp_path, codes):
+    torch.save(codes, tmp_path / "t.pt")
+    with pytest.raises(DataError, match="one vector"):
+        import_legacy_table(tmp_path / "t.pt", ids=["a", "b"])
+
+
+@pytest.mark.parametrize("change", [{"origin": None}, {"origin": [1]}, {"patterns": [3.0] * 4}])
+def test_table_with_parts_of_another_type(tmp_path, change):
+    TABLE.save(tmp_path / "t.json")
+    record = json.loads((tmp_path / "t.json").read_text())
+    (tmp_path / "t.json").write_text(json.dumps(record | change))
+    with pytest.raises(DataError, match="is not a missing table"):
+        MissingTable.load(tmp_path / "t.json")
+
+
+def test_table_nested_too_deep(tmp_path):
+    (tmp_path / "t.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is not a missing table"):
+        MissingTable.load(tmp_path / "t.json")

@@ -86,3 +86,14 @@ def test_options_are_checked(folder):
     (folder / "vqa_rad.json").write_text('[{"qid": "1"}]')
     with pytest.raises(DataError, match="lacks 'image_name'"):
         VqaRadData(str(folder)).size("train")
+
+
+def test_images_that_are_null_or_bare_bytes(folder):
+    names = [f"synpic{n}.jpg" for n in range(4)]
+    for images, missing in (([None, *[{"bytes": jpeg(), "path": ""}] * 3], 1), ([jpeg()] * 4, 0)):
+        table = pa.table({"image_name": names, "image": images})
+        pq.write_table(table, folder / "images.parquet")
+        source = VqaRadData(str(folder), questions="all")
+        every = [sample for split in source.splits() for sample in samples(source, split)]
+        found = {sample.group for sample in every if "image" not in sample.payload}
+        assert len(found) == missing
