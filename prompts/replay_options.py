@@ -62,6 +62,10 @@ class ReplayOptions:
     initial_samples: int = 0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                raise ConfigError(f"prompt {field.name} ({value!r}) must be true or false.")
         for name in ("length", "shared_width", "bottleneck"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"prompt {name} ({getattr(self, name)}) must be at least 1.")

@@ -6,6 +6,7 @@ Axes: T tokens, N rows, L tokens of a row, D a tower's width.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,7 +26,8 @@ def new_prompt(config: MultimodalMoEConfig, towers: Mapping[str, Tower]) -> Prom
     """The prompt that a configuration asks for, in the shapes of the towers.
 
     Raises:
-        ConfigError: options that the prompt does not have, or a tower without blocks.
+        ConfigError: options that the prompt does not have or of a wrong type, or a tower without
+            blocks.
     """
     prompt_class = PROMPTS.resolve(config.prompt)
     options = dict(config.prompt_config)
@@ -41,12 +43,23 @@ def new_prompt(config: MultimodalMoEConfig, towers: Mapping[str, Tower]) -> Prom
         check_options(config.prompt, options, known)
     if "source_widths" in parameters:
         options["source_widths"] = {name: tower.source_width for name, tower in towers.items()}
-    return prompt_class(
-        widths={name: tower.width for name, tower in towers.items()},
-        num_blocks={name: tower.num_blocks for name, tower in towers.items()},
-        modalities=tuple(towers),
-        **options,
-    )
+    shapes = {
+        "widths": {name: tower.width for name, tower in towers.items()},
+        "num_blocks": {name: tower.num_blocks for name, tower in towers.items()},
+        "modalities": tuple(towers),
+    }
+    for name, value in config.prompt_config.items():
+        if name in SHAPES or (isinstance(value, float) and not math.isfinite(value)):
+            raise ConfigError(
+                f"--prompt_config: {name} ({value}) cannot be; drop it or take a finite number."
+            )
+    try:
+        return prompt_class(**shapes, **options)
+    except TypeError as error:
+        raise ConfigError(
+            f"--prompt_config {config.prompt_config} has a value of a wrong type for "
+            f"{config.prompt!r}: {' '.join(str(error).split())}."
+        ) from error
 
 
 def anchors(backbone: Backbone) -> dict[str, Tensor]:
