@@ -67,15 +67,20 @@ class Endpoint:
     sleep: Callable[[float], None] = time.sleep
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError("--url must be an address such as http://localhost:8000/v1.")
+        rule = "--url must be an address such as http://localhost:8000/v1."
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            port_known = parts.port != 0  # raises where it is no port
+        except ValueError as error:
+            raise ConfigError(rule) from error
+        if parts.scheme not in ("http", "https") or not parts.hostname or not port_known:
+            raise ConfigError(rule)
         if parts.username or parts.password or parts.query:
             raise ConfigError(
                 "--url must hold no user, password or query; give the key in the environment "
                 "variable that --key_variable names."
             )
-        if self.attempts < 1 or self.timeout_s <= 0:
+        if self.attempts < 1 or not 0 < self.timeout_s < math.inf:
             raise ConfigError(
                 f"--attempts ({self.attempts}) must be at least 1 and --timeout_s "
                 f"({self.timeout_s:g}) above 0."

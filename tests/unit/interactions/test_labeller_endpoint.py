@@ -112,11 +112,14 @@ def test_failures_that_stay_tell_no_secret(server, caplog, replies, kind, messag
 
 
 def test_addresses_that_are_none(server):
-    for url in ("file:///etc/passwd", "localhost:80", "http://"):
+    wrong_ports = ("http://host:99999/v1", "http://host:0/v1", "http://[x/v1")
+    for url in ("file:///etc/passwd", "localhost:80", "http://", *wrong_ports):
         with pytest.raises(ConfigError, match="must be an address"):
             Endpoint(url, "m", YES_NO)
     with pytest.raises(ConfigError, match="no user, password or query"):
         Endpoint("http://me:word@host/v1", "m", YES_NO)
+    with pytest.raises(ConfigError, match=r"--timeout_s \(nan\) above 0"):
+        Endpoint("http://host/v1", "m", YES_NO, timeout_s=float("nan"))
     with pytest.raises(ConfigError, match=r"--attempts \(0\)"):
         Endpoint(server.url, "m", YES_NO, attempts=0)
 
