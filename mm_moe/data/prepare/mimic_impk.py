@@ -118,15 +118,15 @@ class MimicImpkRaw(RawDataSet):
                 yield RawRow(name, fault="NaN or infinite label")
 
     def _label_cells(self, n: int) -> np.ndarray:
-        """The numbers that the label of a stay is made of, by their columns."""
+        """The numbers that the label of a stay is read from; no others need to be finite."""
         if self.what == MORTALITY:
-            return self.content["adm_labels_all"][n, :6]
-        return self.content["y_icd9"][n]
+            return self.content["adm_labels_all"][n, 1:6]
+        return self.content["y_icd9"][n, [ICD9[self.what]]]
 
     def _label(self, n: int) -> int:
         if self.what == MORTALITY:
-            return mortality_class(self._label_cells(n))
-        return int(self._label_cells(n)[ICD9[self.what]] > 0)
+            return mortality_class(self.content["adm_labels_all"][n])
+        return int(self._label_cells(n)[0] > 0)
 
 
 def published_split(count: int) -> dict[str, list[int]]:

@@ -120,3 +120,13 @@ def test_label_that_is_nan_is_no_class_0(tmp_path, key, task):
     source = run(raw, "--options", f'{{"task": "{task}"}}', "--max_bad_ratio", "0.1")
     assert source.info["splits"]["train"]["reasons"] == {"NaN or infinite label": 1}
     assert source.size("train") == 31
+
+
+@pytest.mark.parametrize(("key", "task"), [("adm_labels_all", "mortality"), ("y_icd9", "icd9_1")])
+def test_nan_that_no_label_is_read_from_costs_no_stay(tmp_path, key, task):
+    raw = raw_layouts.mimic_impk(tmp_path / "raw")
+    content = content_of(raw)
+    content[key] = content[key].astype(float)
+    content[key][:, 0] = np.nan  # the label is in column 1, or in 1 to 5
+    (raw / "im.pk").write_bytes(pickle.dumps(content))
+    assert run(raw, "--options", f'{{"task": "{task}"}}').size("train") == 32
