@@ -19,15 +19,14 @@ import argparse
 import importlib.metadata
 import platform
 import shlex
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from eval import grid_plan
-from eval.grid_cells import Runner, alone_in, check_runs, describe, write_json
-from eval.grid_plan import Cell, Method
+from eval.grid_cells import Runner, alone_in, check_runs, describe, run_program, write_json
+from eval.grid_plan import Cell, GridParser, Method
 from eval.grid_report import (
     align,
     comparison_table,
@@ -39,16 +38,9 @@ from eval.grid_report import (
 )
 from eval.grid_table import MEAN_MISSING, Comparison, Records, finished, table
 from eval.metrics import headline
-from mm_moe.errors import ConfigError, MMMoEError
+from mm_moe.errors import ConfigError
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "scikit-learn", "numpy")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Complains with a `ConfigError` instead of a usage page."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help lists the flags.")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -57,7 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         ConfigError: a value that cannot work.
     """
-    parser = _Parser(
+    parser = GridParser(
         prog="python -m eval.grid",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -271,18 +263,5 @@ def main(argv: list[str]) -> int:
     return 1 if result["failed"] else 0
 
 
-def program() -> None:
-    """Run `main`; an expected failure prints one line and exits with status 2."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that trainings are ended, too
-    try:
-        status = main(sys.argv[1:])
-    except MMMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
-    sys.exit(status)
-
-
 if __name__ == "__main__":
-    program()
+    run_program(main)

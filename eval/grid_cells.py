@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -19,10 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from eval.grid_plan import Cell
-from mm_moe.errors import ConfigError
+from mm_moe.errors import ConfigError, MMMoEError
 
 PROGRAMS = Path(__file__).parents[1] / "launch"
 CELL_FILE = "cell.json"
@@ -237,3 +238,16 @@ def alone_in(folder: Path) -> Iterator[None]:
                 f"another call works in {str(folder)!r}; wait for its end."
             ) from error
         yield
+
+
+def run_program(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run the `main` of a grid's program; an expected failure is one line and status 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that trainings are ended, too
+    try:
+        status = main(sys.argv[1:])
+    except MMMoEError as error:
+        sys.stderr.write(f"error: {error}\n")
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)

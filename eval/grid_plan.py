@@ -6,6 +6,7 @@ of all their settings, so a folder can be gone on with, extended, and not mixed 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -13,7 +14,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from eval.patterns import COMPLETE, TABLE, parse_pattern, pattern_name
 from mm_moe.data.missing import MissingProtocol
@@ -44,6 +45,14 @@ WITHOUT_EFFECT = frozenset(
         *("save_strategy", "save_steps", "save_total_limit"),
     ]
 )
+
+
+class GridParser(argparse.ArgumentParser):
+    """Complains with a `ConfigError` instead of a usage page."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise ConfigError(f"{message}; --help lists the flags.")
 
 
 @dataclass(frozen=True)

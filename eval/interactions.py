@@ -19,33 +19,25 @@ import argparse
 import importlib.metadata
 import platform
 import shlex
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from eval import grid_plan, interactions_plan
-from eval.grid_cells import DONE, Runner, alone_in, check_runs, describe, write_json
-from eval.grid_plan import Cell
+from eval.grid_cells import DONE, Runner, alone_in, check_runs, describe, run_program, write_json
+from eval.grid_plan import Cell, GridParser
 from eval.interaction_fusion import DEFAULT_TAU
 from eval.interaction_report import text, write_page
 from eval.interaction_runs import Fused, fuse_runs
 from eval.interactions_plan import Plan
 from finetune.interaction_view import found_categories
 from mm_moe.data.interactions.table import InteractionTable
-from mm_moe.errors import ConfigError, DataError, MMMoEError
+from mm_moe.errors import ConfigError, DataError
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "scikit-learn", "numpy")
 MEANT_FOR_ALL = {"prompt", "prompt_config"}
-
-
-class _Parser(argparse.ArgumentParser):
-    """Complains with a `ConfigError` instead of a usage page."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help lists the flags.")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -54,7 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         ConfigError: a value that cannot work.
     """
-    parser = _Parser(
+    parser = GridParser(
         prog="python -m eval.interactions",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -322,18 +314,5 @@ def main(argv: list[str]) -> int:
     return 1 if result["failed"] else 0
 
 
-def program() -> None:
-    """Run `main`; an expected failure prints one line and exits with status 2."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that trainings are ended, too
-    try:
-        status = main(sys.argv[1:])
-    except MMMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
-    sys.exit(status)
-
-
 if __name__ == "__main__":
-    program()
+    run_program(main)
