@@ -1,0 +1,30 @@
+"""What the program does around training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RunArguments:
+    """What the program does around training."""
+
+    config: str | None = field(default=None, metadata={"help": "Recipe: a YAML file of flags."})
+    global_batch_size: int = field(
+        default=0,
+        metadata={
+            "help": "Samples of one optimizer step over all processes; sets "
+            "per_device_train_batch_size, so that any number of processes follows one loss curve."
+        },
+    )
+    objective: str = field(default="supervised", metadata={"help": "A registered objective name."})
+    compare_with: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Prompts whose models are trained in the same way for the final table."},
+    )
+    new_parts_lr_scale: float = field(
+        default=1.0, metadata={"help": "Learning-rate factor of prompts and head."}
+    )
+    final_evaluation: bool = field(
+        default=True, metadata={"help": "Score the test split per missing pattern at the end."}
+    )
