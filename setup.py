@@ -51,6 +51,7 @@ REQUIREMENTS = [
 ]
 TEST_REQUIREMENTS = [
     "pytest>=9",
+    "pytest-xdist>=3.8",
     "torchmetrics>=1.8",  # an independent peer of the scores
     "h5py>=3.13",  # features of IEMOCAP
     "ruff>=0.17",

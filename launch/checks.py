@@ -21,6 +21,7 @@ from mm_moe.training import runtime
 from mm_moe.training.deepspeed_config import check_deepspeed_config, read_deepspeed_config
 
 DEFAULT_DEEPSPEED = "ds_configs/zero2.json"
+AUTO = "auto"  # --resume_from_checkpoint: go on if there is something, else start
 RUN_FILE = "run.json"
 ROWS_READ = 100_000  # of each split, before training; about 0.1 ms a row
 
@@ -177,18 +178,24 @@ def _read_labels(source: DataSource, split: str) -> None:
 def resume_point(values: argparse.Namespace) -> Path | None:
     """The checkpoint to resume, found and verified; sets `output_dir` from it where not given.
 
+    "auto" starts anew where the run has no checkpoint yet, so that one command line serves a job's
+    first start and every later one. Checkpoints that are all damaged are not taken for none.
+
     Raises:
         CheckpointError: nothing good to resume from.
     """
     wanted = values.resume_from_checkpoint
     if not wanted:
         return None
-    if wanted.lower() in ("latest", "true"):
+    if wanted.lower() in ("latest", "true", AUTO):
         if not values.output_dir:
             raise CheckpointError(
-                "--resume_from_checkpoint latest needs --output_dir, the folder of the run."
+                f"--resume_from_checkpoint {wanted} needs --output_dir, the folder of the run."
             )
-        return store.find(Path(values.output_dir), wanted)
+        folder = Path(values.output_dir)
+        if wanted.lower() == AUTO and not store.checkpoints(folder):
+            return None
+        return store.find(folder, "latest")
     if not values.output_dir:
         values.output_dir = str(Path(wanted).resolve().parent)
     return store.find(Path(values.output_dir), wanted)
@@ -205,6 +212,9 @@ def check_output(values: argparse.Namespace, *, resume: Path | None) -> None:
     folder = Path(values.output_dir)
     if resume is not None and resume.resolve().parent == folder.resolve():
         return
+    again = (values.resume_from_checkpoint or "").lower() == AUTO
+    if again and any((folder / name).exists() for name in (RUN_FILE, f"{RUN_FILE}.tmp")):
+        return  # a run that was stopped before its first checkpoint starts again
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "another run" if (folder / RUN_FILE).exists() else "files"
         raise ConfigError(

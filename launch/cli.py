@@ -214,7 +214,7 @@ def quiet() -> None:
 
 
 def run_program(main: Callable[[list[str]], int]) -> None:
-    """Run a program's `main`; an expected failure prints one line and exits with status 2."""
+    """Run a program's `main`; an expected failure prints one line and exits with its own status."""
     quiet()
     try:
         status = main(sys.argv[1:])
@@ -222,7 +222,7 @@ def run_program(main: Callable[[list[str]], int]) -> None:
         # All ranks meet a wrong setting: one voice is enough. Bad data one rank may meet alone.
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, DataError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        status = 2
+        status = error.exit_code
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)

@@ -1,8 +1,26 @@
-"""Errors that a user can act on: the command line prints their text and exits with status 2."""
+"""Errors that a user can act on: the command line prints their text and exits with their status.
+
+Statuses of `launch/train.py`: 0 done, 2 refused, 75 preempted (saved; start again to go on, as
+sysexits' EX_TEMPFAIL means), 16 numbers that stayed bad, 17 another process died or hung, 130
+interrupted by hand.
+"""
+
+from typing import ClassVar
+
+EXIT_REFUSED = 2
+EXIT_BAD_NUMBERS = 16
+EXIT_LOST_RANK = 17
+EXIT_PREEMPTED = 75
 
 
 class MMMoEError(Exception):
-    """Base of every expected failure: the message names the value, the rule and a way out."""
+    """Base of every expected failure: the message names the value, the rule and a way out.
+
+    Attributes:
+        exit_code: what a program that ends by this error returns to its caller.
+    """
+
+    exit_code: ClassVar[int] = EXIT_REFUSED
 
 
 class ConfigError(MMMoEError):
