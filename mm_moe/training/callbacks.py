@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,16 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 METRICS = "metrics.jsonl"
+SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {  # of a log line, on the progress line
+    "loss": ("loss", "{:.3f}".format),
+    "learning_rate": ("lr", "{:.1e}".format),
+    "perf/samples_per_second": ("samples/s", "{:.0f}".format),
+    "perf/mfu": ("mfu", "{:.0%}".format),
+    "perf/matmul_share": ("of matmul", "{:.0%}".format),
+    "perf/data_wait_share": ("wait", "{:.0%}".format),
+    "perf/memory_gb": ("GB", "{:.1f}".format),
+    "moe/load_imbalance": ("load", "{:.2f}x".format),
+}
 
 
 class MetricsFile(TrainerCallback):
@@ -48,7 +59,7 @@ def _number(value: Any) -> Any:
 
 
 class Progress(TrainerCallback):
-    """One progress line on rank 0: step, loss, learning rate, samples/s, expert load."""
+    """One progress line on rank 0: the step, and `SHOWN` of the newest log line."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -75,13 +86,7 @@ class Progress(TrainerCallback):
         """Show the newest figures."""
         if self.bar is None or not logs or "loss" not in logs:
             return
-        shown = {
-            "loss": f"{logs['loss']:.3f}",
-            "lr": f"{logs['learning_rate']:.1e}",
-            "samples/s": f"{logs.get('perf/samples_per_second', 0):.0f}",
-        }
-        if "moe/load_imbalance" in logs:
-            shown["load"] = f"{logs['moe/load_imbalance']:.2f}x"
+        shown = {name: form(logs[key]) for key, (name, form) in SHOWN.items() if key in logs}
         self.bar.set_postfix(shown, refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:

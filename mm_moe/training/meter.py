@@ -1,11 +1,10 @@
-"""Sums what a training run reports between two log lines: loss parts, expert load, speed.
+"""Sums what a training run reports between two log lines: loss parts, expert load, and speed.
 
 E experts of a layer.
 """
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from mm_moe.moe.layer import RoutingRecord
 from mm_moe.training.runtime import gather_objects, world_size
+from mm_moe.training.throughput import Sums, rates
 
 
 class Meter:
@@ -29,21 +29,15 @@ class Meter:
         self._metrics: dict[str, dict[str, Any]] = {}
         self._load: dict[str, Tensor] = {}
         self._calls = 0
-        self._rows = 0
-        self._since = time.perf_counter()
 
-    def add(
-        self, parts: Mapping[str, Tensor], routing: Mapping[str, RoutingRecord], *, rows: int
-    ) -> None:
+    def add(self, parts: Mapping[str, Tensor], routing: Mapping[str, RoutingRecord]) -> None:
         """Record one forward pass; nothing is read back from the device before `summary`.
 
         Args:
             parts: name -> scalar tensor of the loss.
             routing: layer name -> record.
-            rows: samples of this rank.
         """
         self._calls += 1
-        self._rows += rows
         for name, value in parts.items():
             self._parts[name] += value.detach()
         for layer, record in routing.items():
@@ -55,19 +49,21 @@ class Meter:
                 sums[name] += value.double() * (1.0 if name == "tokens" else tokens)
             sums["weight"] += tokens
 
-    def summary(self) -> dict[str, float]:
-        """Averages, sums and rates since the last call, over all ranks.
+    def summary(self, speed: Sums) -> dict[str, float]:
+        """Averages, sums and rates since the last call, over all ranks, by one collective.
 
         Keys: "loss/PART"; for each layer "moe/LAYER/expert_E" (rows that went to the expert),
         "moe/LAYER/tokens" (their sum), "moe/LAYER/load_imbalance" (max / mean rows per expert, 1 is
         even) and "moe/LAYER/METRIC" (mean over tokens of `RoutingRecord.metrics`);
         "moe/MODALITY/METRIC", the mean over the modality's layers; "moe/load_imbalance" of the
-        worst layer; "perf/samples_per_second".
+        worst layer; and the rates of `mm_moe.training.throughput`.
+
+        Args:
+            speed: what this rank did since the last call.
         """
         load = {layer: tokens_E.cpu() for layer, tokens_E in self._load.items()}
         parts = {name: float(value) for name, value in self._parts.items()}
-        everyone = gather_objects((parts, load, self._calls, self._rows))
-        elapsed = time.perf_counter() - self._since
+        everyone = gather_objects((parts, load, self._calls, speed))
         logs: dict[str, float] = {}
         for name in everyone[0][0]:
             mean = sum(rank[0][name] / max(rank[2], 1) for rank in everyone) / world_size()
@@ -78,7 +74,7 @@ class Meter:
         worst = max((v for k, v in logs.items() if k.endswith("/load_imbalance")), default=0.0)
         if worst:
             logs["moe/load_imbalance"] = worst
-        logs["perf/samples_per_second"] = sum(rank[3] for rank in everyone) / max(elapsed, 1e-9)
+        logs |= rates([rank[3] for rank in everyone])
         self.start()
         return logs
 

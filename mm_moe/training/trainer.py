@@ -19,6 +19,7 @@ from mm_moe.training.clip import clip_without_zero
 from mm_moe.training.meter import Meter
 from mm_moe.training.optimizer import parameter_groups
 from mm_moe.training.router_bias import BiasUpdate
+from mm_moe.training.throughput import Throughput
 
 Objective = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor], Any]]
 
@@ -63,6 +64,8 @@ class MultimodalTrainer(Trainer):
         whole: Any = self.model
         self.bias_update = BiasUpdate(whole.sparse_layers())
         self.add_callback(self.bias_update)
+        self.throughput = Throughput(whole, half=self.args.bf16)
+        self.add_callback(self.throughput)
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
@@ -116,22 +119,28 @@ class MultimodalTrainer(Trainer):
         if checkpoint is not None:
             state.restore_random_state(Path(checkpoint), rank=self.args.process_index)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any):
+        """As in the library, under the clock."""
+        with self.throughput.waiting():
+            return super().get_batch_samples(*args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss; its parts and the routing go to the meter.
 
         Raises:
             DataError: no rank has a token in this batch; raised on every rank.
         """
-        loss, parts, output = self.objective(model, inputs)
+        with self.throughput.training_pass(inputs):
+            loss, parts, output = self.objective(model, inputs)
         refuse_empty(inputs, output.routing)
         self.bias_update.add(output.routing)
-        self.meter.add(parts, output.routing, rows=len(inputs.ids))
+        self.meter.add(parts, output.routing)
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add loss parts, expert load and speed to a training log; called on every rank."""
         if "loss" in logs:
-            logs = {**logs, **self.meter.summary()}
+            logs = {**logs, **self.meter.summary(self.throughput.take())}
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):

@@ -68,8 +68,9 @@ def test_the_progress_line_starts_where_the_run_resumes(capsys):
     callback.on_step_end(None, state(6), None)
     assert callback.bar.n == 6
     logs = {"loss": 0.51234, "learning_rate": 1e-3, "moe/load_imbalance": 1.254}
-    log(callback, 6, **logs, **{"perf/samples_per_second": 99.6})
-    assert callback.bar.postfix == "loss=0.512, lr=1.0e-03, samples/s=100, load=1.25x"
+    log(callback, 6, **logs, **{"perf/samples_per_second": 99.6, "perf/matmul_share": 0.126})
+    expected = "loss=0.512, lr=1.0e-03, samples/s=100, of matmul=13%, load=1.25x"
+    assert callback.bar.postfix == expected
     callback.on_train_end(None, state(6), None)
     assert callback.bar is None
     log(callback, 6, loss=1.0, learning_rate=1.0)  # a late log is no error
