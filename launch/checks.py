@@ -13,7 +13,8 @@ from launch.cli import ROOT
 from mm_moe.arguments import COLUMN_FLAGS, dataset_options, parse_json
 from mm_moe.checkpoint import hub, store
 from mm_moe.data.missing import MissingProtocol, kinds_for
-from mm_moe.data.schema import DataSource
+from mm_moe.data.schema import NO_LABEL, DataSource
+from mm_moe.data.unlabelled import Unlabelled
 from mm_moe.errors import CheckpointError, ConfigError, DataError
 from mm_moe.models.folder import config_of
 from mm_moe.registry import BACKBONES, DATASETS, OBJECTIVES, PROMPTS, ROUTERS
@@ -117,12 +118,15 @@ def open_source(values: argparse.Namespace) -> DataSource:
         columns = [flag for flag in COLUMN_FLAGS if flag in str(error)]
         hint = " Column flags are for --dataset columns." if columns else ""
         raise ConfigError(f"--dataset_options for {values.dataset!r}: {error}.{hint}") from error
+    objective = OBJECTIVES.resolve(values.objective)
+    if not getattr(objective, "uses_labels", True):  # one from outside need not say
+        source = source if source.problem_type == NO_LABEL else Unlabelled(source)
     needed = [values.train_split]
     if values.eval_strategy != "no":
         if source.problem_type == "none":
             raise ConfigError(
                 f"--eval_strategy {values.eval_strategy} needs labels, and {values.dataset!r} has "
-                "none; take --eval_strategy no."
+                f"none for the objective {values.objective}; take --eval_strategy no."
             )
         needed.append(values.validation_split)
     if values.final_evaluation and source.problem_type != "none":

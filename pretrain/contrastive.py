@@ -6,6 +6,7 @@ B samples of this rank, G samples of all ranks, D joint width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -63,6 +64,8 @@ class Contrastive:
 
     Labels, if the data set has any, are not used.
     """
+
+    uses_labels: ClassVar[bool] = False  # the model gets no head
 
     problem_type: str = "none"
 
