@@ -6,7 +6,7 @@
 Both train the same open_clip model, in the same precision, with AdamW and clipping, on the same
 emoji pictures and names. Ours is `launch/train.py` as a user starts it; theirs is
 `open_clip_train.train.train_one_epoch` as its program calls it. After every few of our steps theirs
-takes as many, and one round of both is a sample. Two ways:
+takes as many, and one round of both is a sample. Three ways:
 
 - `loop`: each reads and decodes the pictures by its own pipeline, without augmentation and in the
   main process. Our texts are padded to the longest of a batch, theirs always to 77 tokens, which
@@ -219,7 +219,7 @@ class Endless(torch.utils.data.DataLoader):
         super().__init__(batches, batch_size=None)  # type: ignore[arg-type]
 
     def __iter__(self) -> Any:
-        return itertools.cycle(self.dataset)
+        return itertools.cycle(self.dataset)  # type: ignore[arg-type]
 
 
 def run_case(args: argparse.Namespace, case: str, ds_config: str) -> dict[str, Any]:
