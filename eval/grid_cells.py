@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 from eval.grid_plan import Cell
 from mm_moe.errors import ConfigError, MMMoEError
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # in one file or in several
+
 PROGRAMS = Path(__file__).parents[1] / "launch"
 CELL_FILE = "cell.json"
 DONE, FAILED = "done", "failed"
@@ -87,7 +89,7 @@ class Runner:
         if known and mine and known["status"] == DONE and self._covers(known):
             self.say(f"{title}: kept")
             return known
-        trained = mine and (place / "run" / "final" / "model.safetensors").is_file()
+        trained = mine and any((place / "run" / "final" / name).is_file() for name in WEIGHTS)
         if not (known and trained and known["trained"]):
             if place.exists():
                 shutil.rmtree(place)

@@ -33,6 +33,7 @@ from mm_moe.data.table import MissingTable
 from mm_moe.errors import CheckpointError, ConfigError
 from mm_moe.models.folder import load_model
 from mm_moe.models.processing import processors_for
+from mm_moe.models.shards import has_weights
 from mm_moe.registry import DATASETS
 from mm_moe.training.predict import Predictions
 
@@ -95,7 +96,7 @@ def find_model(run: Path, checkpoint: str | None) -> Path:
     """
     if checkpoint:
         return store.find(run, checkpoint if checkpoint == "latest" else str(run / checkpoint))
-    if not (run / "final" / store.WEIGHTS).is_file():
+    if not has_weights(run / "final"):
         raise CheckpointError(f"{str(run)!r} has no final/; take --checkpoint latest.")
     return run / "final"
 

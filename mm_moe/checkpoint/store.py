@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mm_moe.errors import CheckpointError
+from mm_moe.models.shards import WEIGHTS, has_weights, tensor_places
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
 SCHEDULER = "scheduler.json"
 TRAINER_STATE = "trainer_state.json"
-WEIGHTS = "model.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -129,9 +129,14 @@ def prune(run_dir: Path, keep: int | None) -> None:
 def reader(file: Path) -> Callable[[str], Tensor]:
     """A function from a tensor's name to the tensor, reading it from a safetensors file when asked.
 
+    Args:
+        file: the file; weights that stand in several shards instead are found by their index.
+
     Raises:
         CheckpointError: the file is missing or is no safetensors file.
     """
+    if file.name == WEIGHTS and not file.exists() and has_weights(file.parent):
+        return _sharded_reader(file.parent)
     try:
         source = safe_open(str(file), framework="pt")
     except (OSError, SafetensorError) as error:
@@ -144,3 +149,10 @@ def reader(file: Path) -> Callable[[str], Tensor]:
         return source.get_tensor(name)
 
     return read
+
+
+def _sharded_reader(folder: Path) -> Callable[[str], Tensor]:
+    """`reader` over several files."""
+    places = tensor_places(folder)
+    read = {part: reader(part) for part in set(places.values())}
+    return lambda name: read[places[name]](name)

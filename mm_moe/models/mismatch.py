@@ -12,8 +12,7 @@ from transformers import PreTrainedConfig
 from mm_moe.errors import CheckpointError
 from mm_moe.models.folder import config_of, new_model
 from mm_moe.models.shapes import shape_difference
-
-WEIGHTS = "model.safetensors"
+from mm_moe.models.shards import INDEX, WEIGHTS, weight_files
 
 
 def check_folder(folder: Path) -> None:
@@ -23,7 +22,7 @@ def check_folder(folder: Path) -> None:
         CheckpointError: a file is unreadable, or a tensor is missing, unknown or of another shape,
             such as a stack with an expert too few or too many; names file and tensor.
     """
-    file = folder / WEIGHTS
+    file = folder / (INDEX if len(weight_files(folder)) > 1 else WEIGHTS)
     try:
         fields, _ = PreTrainedConfig.get_config_dict(folder)
     except (OSError, ValueError) as error:
@@ -33,7 +32,9 @@ def check_folder(folder: Path) -> None:
     with torch.device("meta"):
         model = new_model(config_of(fields))
     expected = {name: entry.shape for name, entry in model.state_dict().items()}
-    found = _shapes(file)
+    found: dict[str, Sequence[int]] = {}
+    for part in weight_files(folder):
+        found |= _shapes(part)
     for name in expected | found:
         if name not in found:
             raise CheckpointError(

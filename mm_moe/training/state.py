@@ -16,17 +16,24 @@ from transformers import TrainerState
 
 from mm_moe.checkpoint import logical, store
 from mm_moe.errors import CheckpointError
+from mm_moe.models.shards import SHARD_SIZE
 from mm_moe.training import runtime
 
 PROGRESS = "progress.json"
 
 
-def save_weights(folder: Path, model, *, save_extra: Callable[[Path], None]) -> None:
+def save_weights(
+    folder: Path,
+    model,
+    *,
+    save_extra: Callable[[Path], None],
+    max_shard_size: str = SHARD_SIZE,
+) -> None:
     """Write a Hugging Face folder that holds every expert. A collective: call it on every rank."""
     weights = logical.full_weights(model)
     if runtime.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
         save_extra(folder)
     runtime.barrier()
 
