@@ -80,6 +80,9 @@ class RecipeParser(HfArgumentParser):
             TrainingArguments,
         )
         super().__init__(types, allow_abbrev=False)  # type: ignore[arg-type]
+        for action in self._actions:
+            if action.dest == "report_to":
+                action.nargs = "+"  # as the library's Python interface has it
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """Turn argparse's complaint into a `ConfigError`."""

@@ -6,7 +6,7 @@ import argparse
 import datetime
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from launch import (
     moe_flags,
 )
 from launch.assemble import Run, for_comparison, prepare_run
+from launch.check_reports import wanted_trackers
 from launch.cli import RecipeParser, Settings
 from launch.finish import finish_run, write_run_file
 from launch.tables import settle_tables
@@ -30,6 +31,7 @@ from mm_moe.data.schema import DataSource
 from mm_moe.errors import CheckpointError, ConfigError
 from mm_moe.training import runtime
 from mm_moe.training.callbacks import EpochOfStream, MetricsFile, Progress
+from mm_moe.training.reporting import trackers
 
 
 def settle(values: argparse.Namespace, ep_size: int, source: DataSource) -> None:
@@ -42,8 +44,7 @@ def settle(values: argparse.Namespace, ep_size: int, source: DataSource) -> None
         values.pretrained = None
     values.use_cpu = values.use_cpu or not torch.cuda.is_available()
     values.dataloader_pin_memory = torch.cuda.is_available()
-    if values.report_to is None:
-        values.report_to = "none"
+    values.report_to = wanted_trackers(values)
     if values.max_steps <= 0:
         size = source.size(values.train_split)
         if size is None:
@@ -70,6 +71,7 @@ def train_one(
     title: str,
     resume: Path | None = None,
     on_start: Callable[[Run], None] = lambda run: None,
+    report_to: Sequence[str] = (),
 ) -> Run:
     """Train one model and return it, still spread over the ranks.
 
@@ -80,6 +82,7 @@ def train_one(
         title: what the progress line calls it.
         resume: a verified checkpoint to go on from.
         on_start: called on rank 0 when the folder exists and nothing is trained yet.
+        report_to: trackers beside `metrics.jsonl`.
     """
     training = settings.training
     folder = Path(str(training.output_dir))
@@ -91,7 +94,8 @@ def train_one(
         ep_size=settings.moe.ep_size,
         callbacks=[
             EpochOfStream(source.size(settings.data.train_split), batch * training.world_size),
-            MetricsFile(folder),
+            *trackers(report_to, folder),
+            MetricsFile(folder),  # behind the trackers: it says what they have
             Progress(title),
         ],
     )
@@ -170,6 +174,8 @@ def execute(parser: RecipeParser, values: argparse.Namespace, argv: list[str]) -
     runtime.start()
     values.output_dir = runtime.agree(values.output_dir or default_output(values.config))
     values.resume_from_checkpoint = str(resume) if resume else None
+    values.run_name = values.run_name or Path(values.output_dir).name  # the same after a resume
+    report_to, values.report_to = values.report_to, "none"  # ours, and none that the Trainer makes
     settings = parser.build(values)
     prompt = settings.prompt.prompt
     folder = Path(values.output_dir)
@@ -180,6 +186,7 @@ def execute(parser: RecipeParser, values: argparse.Namespace, argv: list[str]) -
         title=prompt,
         resume=resume,
         on_start=lambda run: write_run_file(run, folder, argv),
+        report_to=report_to,
     )
     run.trainer.save_model(str(folder / "final"))
     others = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 METRICS = "metrics.jsonl"
+LineName = tuple[int, frozenset[str]]
 SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {  # of a log line, on the progress line
     "loss": ("loss", "{:.3f}".format),
     "learning_rate": ("lr", "{:.1e}".format),
@@ -29,18 +30,23 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / METRICS
+        self._here: set[LineName] = set()  # of lines at the step of the resume
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         """Truncate behind the step from which the run goes on."""
         if not state.is_world_process_zero or not self.file.exists():
             return
         kept = []
-        for line in self.file.read_text().splitlines():
+        for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= state.global_step:
-                    kept.append(line)
-            except (ValueError, KeyError):
+                entry = json.loads(line)
+                step = int(entry["step"])
+            except (ValueError, KeyError, TypeError):
                 continue  # a line that a crash cut short
+            if step <= state.global_step:
+                kept.append(line)
+            if step == state.global_step:
+                self._here.add(line_name(step, entry))
         aside = self.file.with_suffix(".tmp")
         aside.write_text("".join(f"{line}\n" for line in kept))
         aside.replace(self.file)
@@ -48,9 +54,21 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args, state, control, logs: dict[str, float] | None = None, **kwargs: Any):
         """Write one line."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
-            entry = {"step": state.global_step, **{key: _number(v) for key, v in logs.items()}}
+            entry = plain_entry(state.global_step, logs)
+            if line_name(state.global_step, entry) in self._here:
+                return  # `--eval_on_start` of a resumed run: this line is there
             with self.file.open("a") as stream:
                 stream.write(json.dumps(entry) + "\n")
+
+
+def line_name(step: int, entry: Iterable[str]) -> LineName:
+    """What tells two lines apart: their step and columns."""
+    return step, frozenset(entry)
+
+
+def plain_entry(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
+    """A log line as JSON has it, its step first."""
+    return {"step": step, **{key: _number(value) for key, value in logs.items()}}
 
 
 def _number(value: Any) -> Any:
