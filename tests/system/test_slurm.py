@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from slurm_cluster import (
     ask,
     cluster,
@@ -16,7 +19,10 @@ from slurm_cluster import (
 )
 
 from launch import submit_slurm
+from mm_moe.checkpoint.store import WEIGHTS
 from mm_moe.errors import ConfigError
+from tests.distributed.harness import run_distributed
+from tests.distributed.runs import column, read_run, train_here, write_recipe
 
 reason = missing_programs()
 pytestmark = [
@@ -117,3 +123,37 @@ def test_what_slurm_refuses_is_passed_on_in_one_line(place):
     assert said.startswith("Slurm refused the job: error: invalid partition specified: nowhere")
     assert "\n" not in said
     assert list(place.iterdir()) == []
+
+
+def submit_training(recipe: str, run: str, *more: str) -> str:
+    """The number of a job that trains for real, with the experts over both nodes."""
+    words = ["--config", recipe, "--ep_size", "2", "--output_dir", run]
+    words += ["--final_evaluation", "false", "--report_to", "none", *more]
+    assert submit_slurm.main([*JOB, "--", *words]) == 0
+    (number,) = [
+        line.split()[-1] for line in ask("squeue", "-h", "-o", "%i").splitlines() if line.strip()
+    ]
+    return number
+
+
+def quiet_run(recipe: str, run: str, *more: str) -> dict[str, Any]:
+    """The same training in two processes that nobody disturbs."""
+    words = ["--config", recipe, "--ep_size", "2", "--output_dir", run]
+    words += ["--final_evaluation", "false", "--report_to", "none", *more]
+    return run_distributed(train_here, 2, [words], timeout_s=400)[0][0]
+
+
+def test_it_trains_over_two_nodes(place):
+    recipe, more = write_recipe(place), ("--max_steps", "4", "--save_strategy", "no")
+    number = submit_training(recipe, "run", *more)
+    quiet = quiet_run(recipe, "quiet", *more)
+    assert wait_for_end(number, timeout_s=300) == "COMPLETED", log_of(number)
+    assert "2 process(es), experts over 2" in log_of(number)
+    assert column(read_run(Path("run")), "loss") == column(quiet, "loss")
+    same_weights("run", "quiet")
+
+
+def same_weights(run: str, other: str) -> None:
+    ours, theirs = (load_file(Path(name, "final", WEIGHTS)) for name in (run, other))
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
