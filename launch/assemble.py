@@ -33,6 +33,8 @@ from mm_moe.models.take_head import take_head
 from mm_moe.moe.parallel import make_expert_parallel
 from mm_moe.registry import OBJECTIVES
 from mm_moe.training import runtime
+from mm_moe.training.guard import StepGuard
+from mm_moe.training.preemption import StopSignals
 from mm_moe.training.trainer import MultimodalTrainer
 
 INITIAL_BATCH = 32  # samples that are embedded at once to start a prompt
@@ -186,6 +188,7 @@ def prepare_run(
     prompt: str,
     ep_size: int,
     callbacks: list[TrainerCallback],
+    signals: StopSignals | None = None,
 ) -> Run:
     """Build the model, spread its experts over `ep_size` processes and make its trainer."""
     model = dense_model(settings, run_config(settings, source, prompt=prompt))
@@ -215,6 +218,12 @@ def prepare_run(
         learning_rate_scale=learning_rate_scale(settings.run.new_parts_lr_scale),
         save_extra=run.save_extra,
         scores=run.validation_scores,
+        guard=StepGuard(
+            max_bad_steps=settings.run.max_bad_steps,
+            skip_spikes=settings.run.skip_spikes,
+            signals=signals,
+            folder=Path(str(settings.training.output_dir)),
+        ),
         callbacks=callbacks,
     )
     return run

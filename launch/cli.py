@@ -224,7 +224,7 @@ def run_program(main: Callable[[list[str]], int]) -> None:
     except MMMoEError as error:
         # All ranks meet a wrong setting: one voice is enough. Bad data one rank may meet alone.
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, DataError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"{error.heading}: {error}", file=sys.stderr, flush=True)
         status = error.exit_code
     except KeyboardInterrupt:
         status = 130

@@ -15,10 +15,10 @@ from typing import Any
 from eval.patterns import TABLE, ConditionScore, scores_document
 from eval.report import format_table, write_report
 from launch.assemble import Run
-from launch.cli import ROOT
+from launch.cli import ROOT, Settings
 from launch.scoring import train_prior
 from launch.tables import describe_tables, mask_keys
-from mm_moe.checkpoint import hub
+from mm_moe.checkpoint import hub, store
 from mm_moe.data.table import MissingTable
 from mm_moe.models.composed_configuration import ComposedConfig
 from mm_moe.training import runtime
@@ -54,22 +54,34 @@ def arguments_of(run: Run) -> dict[str, Any]:
     return {key: value for key, value in merged.items() if key not in SECRET_FLAGS}
 
 
-def resume_command(run: Run, folder: Path, argv: list[str]) -> str:
+def resume_command(
+    settings: Settings, folder: Path, argv: list[str], *, word: str = "latest"
+) -> str:
     """The line that goes on with this run: its own flags, and where its checkpoints are."""
     replaced = ("local_rank", "output_dir", "resume_from_checkpoint", *SECRET_FLAGS)
     words = without_flags(argv, replaced)
     if not any(word.split("=")[0] == "--deepspeed" for word in words):
         words = ["--deepspeed", "ds_configs/zero2.json", *words]
-    world = run.settings.training.world_size
+    world = settings.training.world_size
     launcher = ["deepspeed"] if world == 1 else ["deepspeed", "--num_accelerators", str(world)]
-    words += ["--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
+    words += ["--output_dir", str(folder), "--resume_from_checkpoint", word]
     return shlex.join([*launcher, "launch/train.py", *words])
+
+
+def how_to_go_on(settings: Settings, folder: Path, argv: list[str]) -> str:
+    """What a stopped run says on its last line: what was saved, and the command that goes on."""
+    saved = store.checkpoints(folder)
+    if saved:
+        command = resume_command(settings, folder, without_secrets(argv))
+        return f"Saved {saved[-1].name}. Go on with: {command}"
+    command = resume_command(settings, folder, without_secrets(argv), word="auto")
+    return f"There was nothing to save. Start again with: {command}"
 
 
 def next_commands(run: Run, folder: Path, argv: list[str]) -> dict[str, str]:
     """The lines that resume, evaluate and publish this run."""
     place = shlex.quote(str(folder))
-    commands = {"resume": resume_command(run, folder, argv)}
+    commands = {"resume": resume_command(run.settings, folder, argv)}
     if run.source.problem_type != "none":
         commands["evaluate"] = f"python launch/evaluate_run.py {place}"
     commands["push"] = f"python launch/export.py {place} --push_to_hub ORG/NAME"

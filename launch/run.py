@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from finetune.interaction_view import view_of
 from launch import (
+    check_faults,
     checks,
     interaction_experts,
     interaction_flags,
@@ -24,13 +25,14 @@ from launch import (
 from launch.assemble import Run, for_comparison, prepare_run
 from launch.check_reports import wanted_trackers
 from launch.cli import RecipeParser, Settings
-from launch.finish import finish_run, write_run_file
+from launch.finish import finish_run, how_to_go_on, write_run_file
 from launch.tables import settle_tables
 from mm_moe.checkpoint import hub
 from mm_moe.data.schema import DataSource
-from mm_moe.errors import CheckpointError, ConfigError
+from mm_moe.errors import BadNumbersError, CheckpointError, ConfigError, StoppedError
 from mm_moe.training import runtime
 from mm_moe.training.callbacks import EpochOfStream, MetricsFile, Progress
+from mm_moe.training.preemption import StopOnSignal, StopSignals
 from mm_moe.training.reporting import trackers
 
 
@@ -69,9 +71,11 @@ def train_one(
     *,
     prompt: str,
     title: str,
+    signals: StopSignals,
     resume: Path | None = None,
     on_start: Callable[[Run], None] = lambda run: None,
     report_to: Sequence[str] = (),
+    resumable: bool = True,
 ) -> Run:
     """Train one model and return it, still spread over the ranks.
 
@@ -80,9 +84,15 @@ def train_one(
         source: the data set.
         prompt: the prompt of this model.
         title: what the progress line calls it.
+        signals: those of this process.
         resume: a verified checkpoint to go on from.
         on_start: called on rank 0 when the folder exists and nothing is trained yet.
         report_to: trackers beside `metrics.jsonl`.
+        resumable: whether a checkpoint of this training can be gone on from, and is worth saving
+            when a signal stops it.
+
+    Raises:
+        StoppedError: on every rank, by a signal to any of them.
     """
     training = settings.training
     folder = Path(str(training.output_dir))
@@ -97,7 +107,9 @@ def train_one(
             *trackers(report_to, folder),
             MetricsFile(folder),  # behind the trackers: it says what they have
             Progress(title),
+            StopOnSignal(signals, save=resumable),
         ],
+        signals=signals,
     )
     if resume is not None:
         checks.check_same_model(resume, run.model.config.to_dict())
@@ -107,8 +119,9 @@ def train_one(
         folder.mkdir(parents=True, exist_ok=True)
         describe(run, title)
         on_start(run)
-    runtime.barrier()
+    signals.check(where=f"{title} was not begun")
     run.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    signals.check(where=f"{title} at step {run.trainer.state.global_step}")
     run.scorer.note_bad(run.trainer.data_collator)
     return run
 
@@ -146,6 +159,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     checks.check_names(values)
     checks.check_json(values)
     checks.in_range(values)
+    check_faults.check_faults(values)
     moe_flags.settle_moe(values, argv)
     checks.check_supported(values)
     checks.settle_batch(values, argv)
@@ -167,23 +181,56 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
 def execute(parser: RecipeParser, values: argparse.Namespace, argv: list[str]) -> None:
     """Check everything, then train, score, report and publish.
 
-    A rank that fails leaves the process group as it is: the launcher ends the others.
+    A rank that fails leaves the process group as it is: the launcher ends the others. Where all
+    stop together, by a signal or by numbers that stay bad, each leaves the group first.
+
+    Raises:
+        StoppedError: a signal asked for it; the text ends with the command that goes on.
     """
     source, resume = check(values, argv)
     push_to, values.push_to_hub = checks.push_target(values), False  # at the end, by our own hand
-    runtime.start()
-    values.output_dir = runtime.agree(values.output_dir or default_output(values.config))
-    values.resume_from_checkpoint = str(resume) if resume else None
-    values.run_name = values.run_name or Path(values.output_dir).name  # the same after a resume
-    report_to, values.report_to = values.report_to, "none"  # ours, and none that the Trainer makes
-    settings = parser.build(values)
-    prompt = settings.prompt.prompt
-    folder = Path(values.output_dir)
+    with StopSignals() as signals:
+        runtime.start()
+        values.output_dir = runtime.agree(values.output_dir or default_output(values.config))
+        values.resume_from_checkpoint = str(resume) if resume else None
+        # the same after a resume
+        values.run_name = values.run_name or Path(values.output_dir).name
+        # trackers are ours, and none that the Trainer makes
+        report_to, values.report_to = values.report_to, "none"
+        settings = parser.build(values)
+        folder = Path(values.output_dir)
+        try:
+            train_and_finish(
+                settings, source, argv, signals=signals, resume=resume, report_to=report_to
+            )
+        except (StoppedError, BadNumbersError) as error:
+            runtime.stop()
+            if isinstance(error, BadNumbersError):
+                raise
+            raise type(error)(f"{error}. {how_to_go_on(settings, folder, argv)}") from None
+        if push_to and runtime.is_main():
+            private = bool(values.hub_private_repo)
+            publish(folder / "final", push_to, private=private, token=values.hub_token)
+        runtime.stop()
+
+
+def train_and_finish(
+    settings: Settings,
+    source: DataSource,
+    argv: list[str],
+    *,
+    signals: StopSignals,
+    resume: Path | None,
+    report_to: Sequence[str],
+) -> None:
+    """Train the model and those that it is compared with, then score and report."""
+    prompt, folder = settings.prompt.prompt, Path(str(settings.training.output_dir))
     run = train_one(
         settings,
         source,
         prompt=prompt,
         title=prompt,
+        signals=signals,
         resume=resume,
         on_start=lambda run: write_run_file(run, folder, argv),
         report_to=report_to,
@@ -195,12 +242,10 @@ def execute(parser: RecipeParser, values: argparse.Namespace, argv: list[str]) -
             source,
             prompt=name,
             title=f"comparison: {name}",
+            signals=signals,
+            resumable=False,  # it is trained anew when the run goes on
         )
         for name in settings.run.compare_with
         if settings.run.final_evaluation  # comparisons live in the final table only
     ]
     finish_run(run, others, folder, argv)
-    if push_to and runtime.is_main():
-        private = bool(values.hub_private_repo)
-        publish(folder / "final", push_to, private=private, token=values.hub_token)
-    runtime.stop()

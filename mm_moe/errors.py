@@ -11,6 +11,7 @@ EXIT_REFUSED = 2
 EXIT_BAD_NUMBERS = 16
 EXIT_LOST_RANK = 17
 EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
 
 
 class MMMoEError(Exception):
@@ -18,9 +19,11 @@ class MMMoEError(Exception):
 
     Attributes:
         exit_code: what a program that ends by this error returns to its caller.
+        heading: the word before the text in the one line that the command line prints.
     """
 
     exit_code: ClassVar[int] = EXIT_REFUSED
+    heading: ClassVar[str] = "error"
 
 
 class ConfigError(MMMoEError):
@@ -37,3 +40,27 @@ class ParallelismError(MMMoEError):
 
 class CheckpointError(MMMoEError):
     """A checkpoint that is missing, incomplete, damaged or of another run."""
+
+
+class BadNumbersError(MMMoEError):
+    """Losses or gradients that stayed bad for too many steps in a row."""
+
+    exit_code = EXIT_BAD_NUMBERS
+
+
+class StoppedError(MMMoEError):
+    """A signal asked the run to stop, and all processes agreed on where it does."""
+
+    heading = "stopped"
+
+
+class PreemptedError(StoppedError):
+    """Stopped by SIGTERM or SIGUSR1: the machine is wanted back, the run shall go on elsewhere."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+class InterruptedRunError(StoppedError):
+    """Stopped by hand (Ctrl-C)."""
+
+    exit_code = EXIT_INTERRUPTED

@@ -25,6 +25,20 @@ class RunArguments:
     new_parts_lr_scale: float = field(
         default=1.0, metadata={"help": "Learning-rate factor of prompts and head."}
     )
+    max_bad_steps: int = field(
+        default=10,
+        metadata={
+            "help": "Optimizer steps in a row without finite numbers (or with spikes) that are "
+            "skipped before the run stops, with bad_numbers.json in its folder."
+        },
+    )
+    skip_spikes: float = field(
+        default=0.0,
+        metadata={
+            "help": "Skip a step whose loss or gradient norm lies this many robust standard "
+            "deviations above the last 128 steps (such as 6); 0 skips nothing that is finite."
+        },
+    )
     final_evaluation: bool = field(
         default=True, metadata={"help": "Score the test split per missing pattern at the end."}
     )

@@ -79,7 +79,10 @@ def _read_state(engine: Any, parameter: Any, key: str) -> Tensor:
     """One float32 state of a parameter, as large as this rank's parameter. A collective."""
     if _is_sharded(engine):
         return parameter.get_full_hp_param(None if key == MASTER else key)
-    return parameter if key == MASTER else engine.optimizer.state[parameter][key]
+    if key == MASTER:
+        return parameter
+    state = engine.optimizer.state.get(parameter, {})
+    return state[key] if key in state else torch.zeros_like(parameter)  # no step was taken yet
 
 
 def _write_state(engine: Any, parameter: Any, key: str, value: Tensor, step: int) -> None:
@@ -106,7 +109,10 @@ def optimizer_tensors(engine: Any) -> tuple[dict[str, Tensor], int]:
     base = engine.optimizer
     if _is_sharded(engine):
         base = base.optimizer
-        _link_states(engine.optimizer)
+        if base.state:
+            _link_states(engine.optimizer)
+        else:  # no step was taken yet
+            _create_flat_states(engine.optimizer, 0)
     tensors: dict[str, Tensor] = {}
     for entry in trainable_tensors(engine.module):
         for key in (*MOMENTS, MASTER):

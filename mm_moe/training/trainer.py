@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from mm_moe.errors import DataError
 from mm_moe.moe.layer import RoutingRecord
 from mm_moe.training import runtime, state
 from mm_moe.training.clip import clip_without_zero
+from mm_moe.training.guard import StepGuard
 from mm_moe.training.meter import Meter
 from mm_moe.training.optimizer import parameter_groups
+from mm_moe.training.preemption import ignore_in_worker
 from mm_moe.training.router_bias import BiasUpdate
 from mm_moe.training.throughput import Throughput
 
@@ -34,6 +35,7 @@ class MultimodalTrainer(Trainer):
         learning_rate_scale: learning-rate factor by parameter name.
         save_extra: writes what belongs beside the weights (the processor) into a folder.
         scores: the validation scores that `eval_strategy` asks for; called on every rank.
+        guard: decides which optimizer steps are taken.
         **kwargs: what `transformers.Trainer` takes.
     """
 
@@ -48,6 +50,7 @@ class MultimodalTrainer(Trainer):
         learning_rate_scale: Callable[[str], float] = lambda name: 1.0,
         save_extra: Callable[[Path], None] = lambda folder: None,
         scores: Callable[[], dict[str, float]] = dict,
+        guard: StepGuard | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = objective
@@ -56,6 +59,7 @@ class MultimodalTrainer(Trainer):
         self.save_extra = save_extra
         self.scores = scores
         self.meter = Meter()
+        self.guard = guard or StepGuard()
         self._resume_dir: Path | None = None
         self._steps_before = self._samples_before = 0  # of the run that is resumed
         stream = make_stream(0)  # the library only looks whether there are data sets
@@ -79,7 +83,7 @@ class MultimodalTrainer(Trainer):
         """Batches of this rank, from where the resumed run stopped."""
         consumed = 0
         if self._resume_dir is not None:
-            done = json.loads((self._resume_dir / state.PROGRESS).read_text())
+            done = state.progress(self._resume_dir)
             consumed, self._steps_before = int(done["samples"]), int(done["step"])
         self._samples_before = consumed
         workers = self.args.dataloader_num_workers
@@ -90,6 +94,7 @@ class MultimodalTrainer(Trainer):
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            worker_init_fn=ignore_in_worker,
             generator=torch.Generator(),  # a loader's seed is not drawn from the model's generator
         )
 
@@ -110,8 +115,10 @@ class MultimodalTrainer(Trainer):
         """Let the Trainer build the engine, but restore from our logical checkpoint."""
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
         clip_without_zero(model)
+        self.guard.attach(model, step=self._steps_before)
         if resume_from_checkpoint is not None:
             state.restore(Path(resume_from_checkpoint), engine=model, scheduler=self.lr_scheduler)
+            self.guard.load(state.progress(Path(resume_from_checkpoint)).get("guard"))
         self.meter.start()
         return model, loader
 
@@ -130,17 +137,34 @@ class MultimodalTrainer(Trainer):
         Raises:
             DataError: no rank has a token in this batch; raised on every rank.
         """
+        self.guard.before_forward()
         with self.throughput.training_pass(inputs):
             loss, parts, output = self.objective(model, inputs)
         refuse_empty(inputs, output.routing)
+        self.guard.add(loss, inputs.ids)
         self.bias_update.add(output.routing)
         self.meter.add(parts, output.routing)
         return (loss, output) if return_outputs else loss
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of a micro-batch, and with a step's last one the optimizer.
+
+        Returns:
+            What the step adds to the logged loss, once it was taken.
+
+        Raises:
+            BadNumbersError: too many skipped steps in a row.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.guard.verdict is False:
+            self.bias_update.forget()
+        return self.guard.counted(loss)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add loss parts, expert load and speed to a training log; called on every rank."""
         if "loss" in logs:
-            logs = {**logs, **self.meter.summary(self.throughput.take())}
+            summary = self.meter.summary(self.throughput.take())
+            logs = {**logs, **self.guard.summary(logs["loss"]), **summary}
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
@@ -173,6 +197,7 @@ class MultimodalTrainer(Trainer):
             scheduler=self.lr_scheduler,
             trainer_state=self.state,
             samples=self.samples_seen,
+            guard=self.guard.state(),
             save_extra=self.save_extra,
             keep=self.args.save_total_limit,
         )
