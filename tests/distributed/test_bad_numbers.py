@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import pytest
@@ -49,12 +48,12 @@ def check(folder, result):
 
 
 def run(tmp_path, cells, poison, world_size):
-    commands = [
-        command(tmp_path, "-".join(map(str, cell)), *cell) for cell in cells
-    ]
+    commands = [command(tmp_path, "-".join(map(str, cell)), *cell) for cell in cells]
     ranks = run_distributed(train_poisoned, world_size, commands, poison, timeout_s=600)
-    return {cell: check(tmp_path / "-".join(map(str, cell)), result)
-            for cell, result in zip(cells, ranks[0], strict=True)}
+    return {
+        cell: check(tmp_path / "-".join(map(str, cell)), result)
+        for cell, result in zip(cells, ranks[0], strict=True)
+    }
 
 
 def test_a_nan_in_one_ranks_one_expert(tmp_path):
@@ -68,6 +67,6 @@ def test_a_nan_in_one_ranks_one_expert(tmp_path):
     poison = {"kind": "expert", "rank": 1, "steps": [BAD], "value": NAN}
     for cell, said in run(tmp_path, cells, poison, 2).items():
         assert said["reason"] == "gradient norm not finite", cell
-        assert said["gradients"] and said["gradients"][0].endswith("of expert 3"), cell
+        assert said["gradients"][0].endswith("of expert 3"), cell
         assert len(said["gradients"]) == 1, cell
         assert [len(ids) for ids in said["ids"]] == [2, 2], cell

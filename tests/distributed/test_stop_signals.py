@@ -86,7 +86,9 @@ def test_one_rank_is_told_and_all_save_that_step(tmp_path):
 
     whole = command(tmp_path, "whole")
     run_distributed(train_here, 2, [again, whole], timeout_s=300)
-    one, two = (load_file(tmp_path / n / "final" / "model.safetensors") for n in ("stopped", "whole"))
+    one, two = (
+        load_file(tmp_path / n / "final" / "model.safetensors") for n in ("stopped", "whole")
+    )
     assert all(torch.equal(one[name], two[name]) for name in two)
     steps = [entry["step"] for entry in read_run(tmp_path / "stopped")["metrics"]]
     assert steps == [2, 4, 6]

@@ -18,10 +18,10 @@ def filled(sigma: float, values) -> SpikeWindow:
 
 def test_the_threshold_by_hand():
     # 0 and 10 in turn: median 5, every deviation 5, so the spread is 1.4826 * 5
-    window = filled(6.0, [0.0, 10.0] * 32)
-    assert window.threshold == pytest.approx(5 + 6 * 7.413)
-    assert not window.add(49.0)
-    assert window.add(51.0)
+    values = [0.0, 10.0] * 32
+    assert filled(6.0, values).threshold == pytest.approx(5 + 6 * 7.413)  # 49.478
+    assert not filled(6.0, values).add(49.0)
+    assert filled(6.0, values).add(50.0)
 
 
 def test_a_flat_stretch_has_the_least_spread():
@@ -54,5 +54,5 @@ def test_an_outlier_is_found_each_time_and_does_not_widen_the_window():
 def test_a_lasting_change_of_level_is_accepted():
     window = filled(6.0, [1.0, 1.1] * 64)
     found = [window.add(5.0) for _ in range(128)]
-    assert found[0] and not found[-1]
+    assert (found[0], found[-1]) == (True, False)
     assert found.index(False) <= 66  # when the new level is half of the window
