@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from launch.members import composed_config, composed_model
 from launch.model_config import model_config
 from launch.scoring import Scorer, train_prior
 from launch.tables import read_tables
+from launch.zero_shot import ZeroShot, flat, has_pairs, zero_shot_of
 from mm_moe.arguments import ModelArguments
 from mm_moe.batch import base_modality
 from mm_moe.data.collate import Collator
@@ -153,6 +155,8 @@ class Run:
     def validation_scores(self) -> dict[str, float]:
         """Scores of the validation split by condition and metric. A collective."""
         data = self.settings.data
+        if has_pairs(self.source):
+            return flat(self.zero_shot().rows(data.validation_split))
         rows = self.scorer.score(
             prior=train_prior(self.source, data.train_split),
             split=data.validation_split,
@@ -165,6 +169,16 @@ class Run:
             for row in rows
             for name, value in row.metrics.items()
         }
+
+    def zero_shot(self) -> ZeroShot:
+        """What scores a model that was trained without task labels."""
+        return zero_shot_of(
+            dataclasses.asdict(self.settings.data),
+            self.source,
+            model=self.model,
+            processors=self.scorer.processors,
+            batch_size=self.settings.training.per_device_eval_batch_size,
+        )
 
     def save_extra(self, folder: Path) -> None:
         """Write the processor beside the weights."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli import ROOT
+from launch.zero_shot import as_objective_sees, has_pairs
 from mm_moe.arguments import COLUMN_FLAGS, dataset_options, parse_json
 from mm_moe.checkpoint import hub, store
 from mm_moe.data.missing import MissingProtocol, kinds_for
 from mm_moe.data.schema import NO_LABEL, DataSource
-from mm_moe.data.unlabelled import Unlabelled
 from mm_moe.errors import CheckpointError, ConfigError, DataError
 from mm_moe.models.folder import config_of
 from mm_moe.registry import BACKBONES, DATASETS, OBJECTIVES, PROMPTS, ROUTERS
@@ -118,12 +118,10 @@ def open_source(values: argparse.Namespace) -> DataSource:
         columns = [flag for flag in COLUMN_FLAGS if flag in str(error)]
         hint = " Column flags are for --dataset columns." if columns else ""
         raise ConfigError(f"--dataset_options for {values.dataset!r}: {error}.{hint}") from error
-    objective = OBJECTIVES.resolve(values.objective)
-    if not getattr(objective, "uses_labels", True):  # one from outside need not say
-        source = source if source.problem_type == NO_LABEL else Unlabelled(source)
+    source = as_objective_sees(source, values.objective)
     needed = [values.train_split]
     if values.eval_strategy != "no":
-        if source.problem_type == "none":
+        if source.problem_type == NO_LABEL and not has_pairs(source):
             raise ConfigError(
                 f"--eval_strategy {values.eval_strategy} needs labels, and {values.dataset!r} has "
                 f"none for the objective {values.objective}; take --eval_strategy no."

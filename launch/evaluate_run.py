@@ -5,6 +5,10 @@ Reads `RUN/final` (or a checkpoint of the run) without DeepSpeed, and writes
 
     python launch/evaluate_run.py RUN --split validation test --patterns complete text:0.7 both:0.5
 
+A run without task labels (contrastive pretraining) gets zero-shot scores instead: retrieval between
+images and texts, and classes by their names; `zero_shot-SPLIT.json` and `.csv` with the columns of
+`clip-benchmark`.
+
 `--rescore DIR [--dataset mustard urfunny mmsd]` instead of a run scores the published logits of
 interaction experts under every fusion rule (see `launch/rescore.py`).
 """
@@ -26,9 +30,16 @@ from launch import rescore
 from launch.cli import ProgramParser, run_program
 from launch.scoring import Scorer, train_prior
 from launch.tables import read_tables
+from launch.zero_shot import (
+    as_objective_sees,
+    has_pairs,
+    scored_split,
+    write_rows,
+    zero_shot_of,
+)
 from mm_moe.arguments import dataset_options
 from mm_moe.checkpoint import store
-from mm_moe.data.schema import DataSource
+from mm_moe.data.schema import NO_LABEL, DataSource
 from mm_moe.data.table import MissingTable
 from mm_moe.errors import CheckpointError, ConfigError
 from mm_moe.models.folder import load_model
@@ -79,6 +90,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--predictions", action="store_true", help="also write predictions-SPLIT.npz, ids hashed"
     )
+    parser.add_argument("--zero_shot_dataset", help="labelled images to classify by class names")
+    parser.add_argument("--zero_shot_data_dir", help="folder of that data set's files")
+    parser.add_argument("--zero_shot_templates", help="file of prompt templates, {} for the class")
     parser.add_argument("--use_cpu", action="store_true", help="even where there is a GPU")
     options = parser.parse_args(argv)
     if options.batch_size < 1:
@@ -111,9 +125,12 @@ def open_data(saved: dict[str, Any], options: argparse.Namespace) -> DataSource:
     source: DataSource = DATASETS.resolve(saved["dataset"])(
         options.data_dir or saved["data_dir"], **dataset_options(saved)
     )
-    source = view_of(source, saved)
-    if source.problem_type == "none":
+    source = as_objective_sees(view_of(source, saved), saved["objective"])
+    if source.problem_type == NO_LABEL and not has_pairs(source):
         raise ConfigError(f"data set {source.name!r} has no labels to score against.")
+    if not options.split and has_pairs(source):
+        options.split = [scored_split(source, saved["test_split"], saved["validation_split"])]
+    options.split = options.split or [saved["test_split"]]
     for split in options.split:
         if source.check_split(split) in source.unlabelled:
             raise ConfigError(f"split {split!r} cannot be scored: {source.unlabelled[split]}.")
@@ -142,13 +159,27 @@ def stored_tables(
     return tables
 
 
+def score_zero_shot(scorer: Scorer, saved: dict[str, Any], options: argparse.Namespace) -> None:
+    """Retrieval and zero-shot classes of a model that was trained without task labels."""
+    asked = {key: value for key, value in vars(options).items() if key.startswith("zero_shot")}
+    zero_shot = zero_shot_of(
+        saved | {key: value for key, value in asked.items() if value is not None},
+        scorer.source,
+        model=scorer.model,
+        processors=scorer.processors,
+        batch_size=options.batch_size,
+    )
+    for split in options.split:
+        rows = zero_shot.rows(split)
+        write_rows(rows, options.run, split=split, pretrained=str(saved.get("pretrained")))
+
+
 def main(argv: list[str]) -> int:
     """Load, score, print, write."""
     if rescore.asked_for(argv):
         return rescore.main(argv)
     options = parse(argv)
     saved = read_run(options.run)
-    options.split = options.split or [saved["test_split"]]
     folder = find_model(options.run, options.checkpoint)
     source = open_data(saved, options)
     tables = stored_tables(saved, options, source)
@@ -163,6 +194,9 @@ def main(argv: list[str]) -> int:
         max_bad_samples=saved["max_bad_samples"],
         tables=tables,
     )
+    if has_pairs(source):
+        score_zero_shot(scorer, saved, options)
+        return 0
     prior = train_prior(source, saved["train_split"])
     for split in options.split:
         found: dict[str, Predictions] = {}

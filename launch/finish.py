@@ -14,10 +14,12 @@ from typing import Any
 
 from eval.patterns import TABLE, ConditionScore, scores_document
 from eval.report import format_table, write_report
+from eval.zero_shot import ZeroShotRow
 from launch.assemble import Run
 from launch.cli import ROOT, Settings
 from launch.scoring import train_prior
 from launch.tables import describe_tables, mask_keys
+from launch.zero_shot import has_pairs, scored_split, write_rows
 from mm_moe.checkpoint import hub, store
 from mm_moe.data.table import MissingTable
 from mm_moe.models.composed_configuration import ComposedConfig
@@ -82,7 +84,7 @@ def next_commands(run: Run, folder: Path, argv: list[str]) -> dict[str, str]:
     """The lines that resume, evaluate and publish this run."""
     place = shlex.quote(str(folder))
     commands = {"resume": resume_command(run.settings, folder, argv)}
-    if run.source.problem_type != "none":
+    if run.source.problem_type != "none" or has_pairs(run.source):
         commands["evaluate"] = f"python launch/evaluate_run.py {place}"
     commands["push"] = f"python launch/export.py {place} --push_to_hub ORG/NAME"
     return commands
@@ -179,10 +181,14 @@ def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> No
                 ratio=data.missing_ratio,
                 seed=data.missing_seed,
             )
+    zero_shot = zero_shot_scores(run)
     if not runtime.is_main():
         return
     write_run_file(run, folder, argv)
     print()
+    if zero_shot is not None:
+        pretrained = str(run.settings.model.pretrained or "none")
+        write_rows(zero_shot[1], folder, split=zero_shot[0], pretrained=pretrained)
     if models:
         load = {name: rows.tolist() for name, rows in run.trainer.meter.total_load.items()}
         document = scores_document(models, expert_load=load)
@@ -195,6 +201,15 @@ def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> No
     print(f"run: {folder}\nreport and pictures: {report}")
     for what, command in next_commands(run, folder, argv).items():
         print(f"{what + ':':<10}{command}")
+
+
+def zero_shot_scores(run: Run) -> tuple[str, list[ZeroShotRow]] | None:
+    """The split and scores of a model without task labels, if there is anything to score."""
+    if not (run.settings.run.final_evaluation and has_pairs(run.source)):
+        return None
+    data = run.settings.data
+    split = scored_split(run.source, data.test_split, data.validation_split)
+    return None if split is None else (split, run.zero_shot().rows(split))
 
 
 def _title(run: Run) -> str:

@@ -27,6 +27,7 @@ from launch.check_reports import wanted_trackers
 from launch.cli import RecipeParser, Settings
 from launch.finish import finish_run, how_to_go_on, write_run_file
 from launch.tables import settle_tables
+from launch.zero_shot import check_zero_shot
 from mm_moe.checkpoint import hub
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import BadNumbersError, CheckpointError, ConfigError, StoppedError
@@ -167,6 +168,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     ep_size = moe_flags.expert_layout(values)
     moe_flags.check_backend(values, ep_size=ep_size)
     source = checks.open_source(values)
+    check_zero_shot(values, source)
     interaction_flags.check_interactions(values, source)
     source = view_of(source, vars(values))
     ep_size = interaction_experts.interaction_layout(values, source, ep_size=ep_size)

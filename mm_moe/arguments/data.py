@@ -58,6 +58,23 @@ class DataArguments:
         default="validation", metadata={"help": "Split that eval_strategy scores during training."}
     )
     test_split: str = field(default="test", metadata={"help": "Split of the final table."})
+    zero_shot_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Labelled images that a model trained without labels classifies by their "
+            "class names (default: the run's own data set, if it has classes)."
+        },
+    )
+    zero_shot_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of that data set's files."}
+    )
+    zero_shot_options: str | None = field(
+        default=None, metadata={"help": "JSON object with that data set's own options."}
+    )
+    zero_shot_templates: str | None = field(
+        default=None,
+        metadata={"help": "File of prompt templates, one a line, {} where the class name goes."},
+    )
     shuffle_buffer: int = field(
         default=10_000, metadata={"help": "Rows held to shuffle a stream; 0 keeps its order."}
     )

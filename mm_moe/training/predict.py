@@ -48,6 +48,20 @@ def to_device(value, device: torch.device):
     return value
 
 
+def batches_in_step(
+    model: nn.Module, batches: Iterable[Batch], *, num_modalities: int
+) -> Iterator[Batch]:
+    """This rank's batches as `model` takes them, then empty ones until the last rank is done."""
+    parameter = next(model.parameters())
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        if not any_rank(batch is not None):
+            return
+        batch = empty_batch(num_modalities) if batch is None else batch
+        yield _floats_as(to_device(batch, parameter.device), parameter.dtype)
+
+
 @torch.no_grad()
 def predict(model: nn.Module, batches: Iterable[Batch], *, num_modalities: int) -> Predictions:
     """Run `model` over this rank's batches and gather all ranks' results, on every rank.
@@ -57,15 +71,8 @@ def predict(model: nn.Module, batches: Iterable[Batch], *, num_modalities: int) 
     """
     was_training = model.training
     model.eval()
-    parameter = next(model.parameters())
     rows: list[tuple] = []
-    iterator = iter(batches)
-    while True:
-        batch = next(iterator, None)
-        if not any_rank(batch is not None):
-            break
-        batch = empty_batch(num_modalities) if batch is None else batch
-        batch = _floats_as(to_device(batch, parameter.device), parameter.dtype)
+    for batch in batches_in_step(model, batches, num_modalities=num_modalities):
         output = model(**batch)
         logits = output.logits.float().cpu().numpy()
         rows += list(
