@@ -1,0 +1,207 @@
+"""Contrastive pretraining: a dense small CLIP, a sparse one, and a sparse one made from the dense.
+
+    python -m eval.benchmarks.pretraining --data_dir DATA            # three seeds, about an hour
+    python -m eval.benchmarks.pretraining --data_dir DATA --quick    # one seed of a few steps
+
+DATA holds `openclipart/openclipart.parquet`. For each seed the real program trains
+`pretrain/recipes/small_clip_dense` and `small_clip_sparse` from scratch, and goes on from the dense
+model twice with one schedule: as it is, and upcycled (`small_clip_upcycled`). A token visits one
+expert, so all models compute the same active FLOPs in a step. Recipes were not tuned for any of
+them. Scores: recall between pictures and captions that training never saw (the validation split),
+and emojis of the test split into nine categories by name. Runs are kept in --output and are not
+repeated. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from eval.benchmarks.moe_layer import RESULTS, describe_machine
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "launch" / "train.py"
+LOSS = "loss/contrastive"
+SMOOTH = 5  # logged values averaged; each is the mean of 10 steps
+MODELS = {  # name -> recipe, and the model that it starts from
+    "dense": ("small_clip_dense", None),
+    "sparse": ("small_clip_sparse", None),
+    "dense, continued": ("small_clip_dense", "dense"),
+    "upcycled": ("small_clip_upcycled", "dense"),
+}
+PAIRS = (("dense", "sparse"), ("dense, continued", "upcycled"))  # (base, sparse)
+CONTINUED = ["--max_steps", "200", "--learning_rate", "5e-4"]  # of the recipe small_clip_upcycled
+
+
+def folder_of(output: Path, model: str, seed: int) -> Path:
+    """Where a run lies."""
+    return output / f"{model.replace(', ', '-')}-{seed}"
+
+
+def train(model: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one model, unless it is there, and return its curve and scores."""
+    recipe, start = MODELS[model]
+    folder = folder_of(options.output, model, seed)
+    if not (folder / "report.html").is_file():
+        words = [sys.executable, str(PROGRAM), "--config", f"pretrain/recipes/{recipe}.yaml"]
+        words += ["--data_dir", str(options.data_dir), "--output_dir", str(folder)]
+        words += ["--seed", str(seed), "--resume_from_checkpoint", "auto"]
+        if start:
+            words += ["--pretrained", str(folder_of(options.output, start, seed) / "final")]
+        if model == "dense, continued":
+            words += CONTINUED
+        if options.quick:
+            words += ["--max_steps", "4", "--logging_steps", "2", "--eval_strategy", "no"]
+        begin = time.monotonic()
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            raise SystemExit(f"{model}, seed {seed}: {done.stderr[-2000:]}")
+        print(f"{model}, seed {seed}: {time.monotonic() - begin:.0f} s", flush=True)
+    return read(folder)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The loss by step, held-out recall by step, and the final scores of a run."""
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    recall = "eval_openclipart_emoji_text_retrieval_recall@5"
+    document = json.loads((folder / "zero_shot-validation.json").read_text())
+    scores = {k: v for row in document["rows"] for k, v in row["metrics"].items()}
+    return {
+        "loss": [[e["step"], e[LOSS]] for e in entries if LOSS in e],
+        "recall@5": [[e["step"], e[recall]] for e in entries if recall in e],
+        "scores": scores,
+        "chance": {k: v for row in document["rows"] for k, v in row["chance"].items()},
+    }
+
+
+def smoothed(curve: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and the mean of the last few logged losses at each."""
+    steps, values = np.array(curve).T
+    width = min(SMOOTH, len(values))
+    return steps[width - 1 :], np.convolve(values, np.ones(width) / width, mode="valid")
+
+
+def steps_to_reach(base: list[list[float]], other: list[list[float]]) -> dict[str, Any]:
+    """When `other` first has the final smoothed loss of `base`, as a share of its steps.
+
+    Returns:
+        "share" (None: not reached), and both final losses.
+    """
+    target = smoothed(base)[1][-1]
+    steps, values = smoothed(other)
+    reached = steps[values <= target]
+    share = float(reached[0] / steps[-1]) if len(reached) else None
+    return {"share": share, "base_loss": float(target), "loss": float(values[-1])}
+
+
+def curves_of(run: dict[str, Any]) -> dict[str, Any]:
+    """What of a run is drawn."""
+    return {key: run[key] for key in ("loss", "recall@5")}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": deviation}
+
+
+def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Loss and held-out recall by step, mean over the seeds."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for model, runs in found.items():
+        offset = 0 if MODELS[model][1] is None else found["dense"][0]["loss"][-1][0]
+        curves = [smoothed(run["loss"]) for run in runs]
+        left.plot(curves[0][0] + offset, np.mean([v for _, v in curves], axis=0), label=model)
+        if recalls := [np.array(run["recall@5"]) for run in runs if run["recall@5"]]:
+            mean = np.mean([curve[:, 1] for curve in recalls], axis=0)
+            right.plot(recalls[0][:, 0] + offset, 100 * mean, label=model)
+    left.set(xlabel="step", ylabel="contrastive loss (training)")
+    right.set(xlabel="step", ylabel="held-out image to text recall@5, %")
+    left.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Tables over the seeds."""
+    table = {
+        model: {
+            **{k: spread([run["scores"][k] for run in runs]) for k in runs[0]["scores"]},
+            "final_loss": spread([float(smoothed(run["loss"])[1][-1]) for run in runs]),
+        }
+        for model, runs in found.items()
+    }
+    reached = {
+        f"{other} against {base}": [
+            steps_to_reach(a["loss"], b["loss"])
+            for a, b in zip(found[base], found[other], strict=True)
+        ]
+        for base, other in PAIRS
+    }
+    return {"table": table, "steps_to_dense_loss": reached}
+
+
+def main() -> None:
+    """Train, print, draw, store."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, help="folder of the runs (default: a new one)")
+    parser.add_argument("--quick", action="store_true", help="one seed, few steps; not stored")
+    options = parser.parse_args()
+    options.output = options.output or Path(tempfile.mkdtemp(prefix="pretraining-"))
+    seeds = options.seeds[:1] if options.quick else options.seeds
+    found: dict[str, list[dict[str, Any]]] = {model: [] for model in MODELS}
+    for seed in seeds:
+        for model, runs in found.items():
+            runs.append(train(model, seed, options))
+    result = {
+        "benchmark": "pretraining",
+        "figures": {},
+        "seeds": seeds,
+        "command": "python -m eval.benchmarks.pretraining --data_dir DATA --seeds "
+        + " ".join(map(str, seeds)),
+        "chance": found["dense"][0]["chance"],
+        **summary(found),
+        "curves": {model: [curves_of(run) for run in runs] for model, runs in found.items()},
+        **describe_machine(),
+    }
+    for name, rows in result["steps_to_dense_loss"].items():
+        key = name.split()[0]
+        shares = [row["share"] for row in rows if row["share"] is not None]
+        result["figures"][f"{key}_runs_that_reach_dense_loss"] = f"{len(shares)} of {len(rows)}"
+        if shares:
+            mean = statistics.fmean(shares)
+            result["figures"][f"{key}_share_of_steps_to_dense_loss"] = mean
+    for model, cells in result["table"].items():
+        shown = "  ".join(
+            f"{k} {c['mean']:.3f} +- {c['std']:.3f}" for k, c in cells.items() if "@10" not in k
+        )
+        print(f"{model:18} {shown}")
+    draw(found, options.output / "pretraining.png")
+    if not options.quick:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "pretraining.json").write_text(json.dumps(result, indent=1) + "\n")
+        draw(found, RESULTS / "pretraining.png")
+    print(json.dumps({k: result[k] for k in ("benchmark", "figures", "machine", "commit")}))
+
+
+if __name__ == "__main__":
+    main()
