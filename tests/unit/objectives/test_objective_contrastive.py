@@ -113,7 +113,7 @@ def test_the_objective_takes_complete_rows_and_the_scale_of_the_inner_model():
     batch = Batch.of(["a", "b", "c"], present, {})
 
     class Engine:
-        module = SimpleNamespace(logit_scale=SCALE.view(1))
+        module = torch.nn.ParameterDict({"logit_scale": SCALE.view(1)})
 
         def __call__(self, **_):
             return output
