@@ -12,6 +12,7 @@ from pathlib import Path
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 
+from launch.check_objective import objective_of
 from launch.cli import Settings
 from launch.interaction_flags import training_interactions
 from launch.members import composed_config, composed_model
@@ -33,7 +34,6 @@ from mm_moe.models.folder import AnyConfig, AnyModel
 from mm_moe.models.processing import processors_for, save_processors
 from mm_moe.models.take_head import take_head
 from mm_moe.moe.parallel import make_expert_parallel
-from mm_moe.registry import OBJECTIVES
 from mm_moe.training import runtime
 from mm_moe.training.guard import StepGuard
 from mm_moe.training.preemption import StopSignals
@@ -220,7 +220,7 @@ def prepare_run(
     )
     run = Run(settings, source, model, scorer)
     run.initialise_prompt()
-    objective = OBJECTIVES.resolve(settings.run.objective)(problem_type=source.problem_type)
+    objective = objective_of(settings, problem_type=source.problem_type)
     collator = run.train_collator()
     runtime.allow_another_trainer()
     run.trainer = MultimodalTrainer(
@@ -248,6 +248,4 @@ def for_comparison(settings: Settings, folder: Path) -> Settings:
     training = copy.copy(settings.training)
     training.output_dir = str(folder)
     training.save_strategy = "no"
-    return Settings(
-        settings.model, settings.moe, settings.prompt, settings.data, settings.run, training
-    )
+    return dataclasses.replace(settings, training=training)

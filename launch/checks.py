@@ -54,6 +54,7 @@ def check_json(values: argparse.Namespace) -> None:
         "prompt_config",
         "dataset_options",
         "interaction_config",
+        "objective_config",
     ):
         parse_json(flag, getattr(values, flag))
 

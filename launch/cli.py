@@ -22,6 +22,7 @@ from mm_moe.arguments import (
     DataArguments,
     ModelArguments,
     MoEArguments,
+    ObjectiveArguments,
     PromptArguments,
     RunArguments,
 )
@@ -56,6 +57,7 @@ class Settings:
     prompt: PromptArguments
     data: DataArguments
     run: RunArguments
+    objective: ObjectiveArguments
     training: TrainingArguments
 
 
@@ -77,6 +79,7 @@ class RecipeParser(HfArgumentParser):
             PromptArguments,
             DataArguments,
             RunArguments,
+            ObjectiveArguments,
             TrainingArguments,
         )
         super().__init__(types, allow_abbrev=False)  # type: ignore[arg-type]

@@ -51,7 +51,14 @@ def arguments_of(run: Run) -> dict[str, Any]:
     """Every argument of the run as plain JSON values; secrets are left out."""
     settings = run.settings
     merged = settings.training.to_sanitized_dict()
-    for part in (settings.model, settings.moe, settings.prompt, settings.data, settings.run):
+    for part in (
+        settings.model,
+        settings.moe,
+        settings.prompt,
+        settings.data,
+        settings.run,
+        settings.objective,
+    ):
         merged.update(dataclasses.asdict(part))
     return {key: value for key, value in merged.items() if key not in SECRET_FLAGS}
 

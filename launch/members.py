@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def check_members(values: argparse.Namespace, source: DataSource) -> None:
         )
     if values.keep_head:
         raise ConfigError("--keep_head is for one model; give members their runs: --init_members.")
-    settings = Settings(values, values, values, values, values, values)  # type: ignore[arg-type]
+    parts: Any = {field.name: values for field in dataclasses.fields(Settings)}
+    settings = Settings(**parts)
     check_same_inputs(composed_config(settings, source, prompt=values.prompt))
 
 

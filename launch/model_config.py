@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from launch.check_objective import logit_fields
 from launch.cli import Settings
 from launch.interaction_experts import interaction_fields
 from mm_moe.arguments import FLAG_OF_SETTING, ModelArguments, parse_json
@@ -61,6 +62,7 @@ def config_fields(settings: Settings, source: DataSource, *, prompt: str) -> dic
         "head_hidden_size": settings.model.head_hidden_size,
         "interaction_experts": interaction_fields(settings.moe),
         **label_fields(source),
+        **logit_fields(settings),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from launch.assemble import learning_rate_scale
+from launch.check_objective import plain_objective
 from launch.cli import Settings
 from launch.plan_model import meta_model, shard, weightless_config
 from launch.scoring import num_outputs
@@ -22,7 +23,7 @@ from mm_moe.errors import ConfigError
 from mm_moe.models.interaction_head import InteractionHead
 from mm_moe.models.modeling import MultimodalMoEModel
 from mm_moe.moe.layer import MoELayer
-from mm_moe.registry import BACKBONES, OBJECTIVES
+from mm_moe.registry import BACKBONES
 from mm_moe.training import exchange
 from mm_moe.training.estimate import (
     Memory,
@@ -35,6 +36,7 @@ from mm_moe.training.estimate import (
 )
 from mm_moe.training.timeline import Timeline, Workload, record_timeline
 from mm_moe.training.zero_memory import Group, Overlay, ZeroSettings, optimizer_groups, overlay
+from pretrain.contrastive import Contrastive
 
 CPU = "cpu"
 GIB = 1 << 30
@@ -192,11 +194,10 @@ class Planner:
 
     def timeline(self, *, recompute_every: int) -> Timeline:
         """Bytes of activations through a micro-batch."""
-        objective = OBJECTIVES.resolve(self.settings.run.objective)
         load = replace(self.workload, recompute_every=recompute_every)
         return record_timeline(
             lambda: shard(self.stand_in, ep_size=self.ep_size),
-            objective(problem_type=self.source.problem_type),
+            plain_objective(self.settings, problem_type=self.source.problem_type),
             load=load,
         )
 
@@ -270,12 +271,24 @@ class Planner:
         )
 
     def _gathered(self, samples: int) -> int:
-        """Bytes of the contrastive loss over all processes' rows, which grow with their square."""
-        if self.settings.run.objective != "contrastive":
+        """Bytes of the contrastive loss over all processes' rows; whole logits grow as a square."""
+        objective = self.contrastive
+        if objective is None or objective.variant == "ring":
             return 0
+        if self.settings.objective.grad_cache:
+            samples *= self.settings.training.gradient_accumulation_steps
         everyone = samples * self.machine.world_size
-        # float32: features of two modalities; per direction a log-softmax, its mask, two gradients
-        return everyone * (2 * 4 * self.model.backbone.out_width + samples * (2 * (4 + 1) + 2 * 4))
+        features = everyone * 2 * 4 * self.model.backbone.out_width  # float32, two modalities
+        if objective.variant == "chunked":
+            return 2 * features  # and their gradients
+        # per direction a log-softmax, its mask, two gradients
+        return features + everyone * samples * (2 * (4 + 1) + 2 * 4)
+
+    @functools.cached_property
+    def contrastive(self) -> Contrastive | None:
+        """The objective, if it compares the samples of all processes."""
+        objective = plain_objective(self.settings, problem_type="none")
+        return objective if isinstance(objective, Contrastive) else None
 
     def needed(self, samples: int, over: Overlay) -> int:
         """Bytes that have to fit: of the device, or of device and host where they are one."""
@@ -341,7 +354,7 @@ class Planner:
             **exchange.gradient_traffic(groups, zero=zero, gpus_per_node=near),
             "weights all-gather": exchange.weight_traffic(groups, zero=zero, gpus_per_node=near),
         }
-        if self.settings.run.objective == "contrastive":
+        if self.contrastive is not None:
             size = samples * zero.world_size * self.model.backbone.out_width * 4.0
             one = exchange.all_reduce(
                 size, ranks=zero.world_size, stride=1, gpus_per_node=near

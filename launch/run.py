@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from finetune.interaction_view import view_of
 from launch import (
     check_faults,
+    check_objective,
     checks,
     interaction_experts,
     interaction_flags,
@@ -159,6 +160,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     interaction_experts.settle_interaction_experts(values, argv)
     checks.check_names(values)
     checks.check_json(values)
+    check_objective.settle_objective(values, argv)
     checks.in_range(values)
     check_faults.check_faults(values)
     moe_flags.settle_moe(values, argv)

@@ -171,5 +171,6 @@ OBJECTIVES = Registry(
         "soft_cross_entropy": "finetune.soft_targets:SoftCrossEntropy",
         "interaction": "finetune.interaction:Interaction",
         "contrastive": "pretrain.contrastive:Contrastive",
+        "siglip": "pretrain.contrastive:Siglip",
     },
 )

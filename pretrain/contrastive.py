@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mm_moe.batch import IMAGE, TEXT
 from mm_moe.errors import ConfigError
+from mm_moe.models.configuration import LOGIT_SCALE
 from mm_moe.registry import nearest
 from mm_moe.training.collectives import gather_rows, mean_weight
 from mm_moe.training.grad_cache import FeatureObjective
@@ -152,7 +153,7 @@ class Contrastive(FeatureObjective):
     @property
     def logit_start(self) -> tuple[float, float | None]:
         """Logarithm of the scale and bias to start from; SigLIP's are log 10 and -10."""
-        return (math.log(10.0), -10.0) if self.loss == "sigmoid" else (math.log(1 / 0.07), None)
+        return (math.log(10.0), -10.0) if self.loss == "sigmoid" else (LOGIT_SCALE, None)
 
     def from_features(
         self, features: Mapping[str, Tensor], present: Tensor, own: Mapping[str, Tensor]

@@ -12,6 +12,7 @@ from mm_moe.arguments.model import (
     MoEArguments,
     PromptArguments,
 )
+from mm_moe.arguments.objective import ObjectiveArguments
 from mm_moe.arguments.run import RunArguments
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "DataArguments",
     "MoEArguments",
     "ModelArguments",
+    "ObjectiveArguments",
     "PromptArguments",
     "RunArguments",
     "dataset_options",

@@ -17,6 +17,7 @@ from mm_moe.models.interaction_settings import InteractionSettings
 from mm_moe.moe.settings import MoESettings
 from mm_moe.registry import BACKBONES, PROMPTS, nearest
 
+LOGIT_SCALE = 2.6592  # log(1 / 0.07), CLIP's
 MOE_MODES = ("sparse", "dense", "first_half", "second_half")
 
 
@@ -73,9 +74,12 @@ class MultimodalMoEConfig(PreTrainedConfig):
         head_hidden_size: width of a hidden layer (ReLU) in the head; 0: one linear layer.
         interaction_experts: fields of `InteractionSettings` for a head of interaction experts, or
             None for a head that is one classifier.
+        logit_scale_init: start of `logit_scale`, the logarithm of a contrastive inverse
+            temperature.
+        logit_bias_init: start of `logit_bias`, which a sigmoid loss needs; None: no bias.
 
-    `num_labels` is 0 for a model without a head, which has a `logit_scale` instead (contrastive
-    pretraining).
+    `num_labels` is 0 for a model without a head, which has a `logit_scale` and may have a
+    `logit_bias` instead (contrastive pretraining).
     """
 
     model_type = "mm_moe"
@@ -100,6 +104,8 @@ class MultimodalMoEConfig(PreTrainedConfig):
     fusion_size: int = 120
     head_hidden_size: int = 0
     interaction_experts: dict[str, Any] | None = None
+    logit_scale_init: float = LOGIT_SCALE
+    logit_bias_init: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check names and numbers; sort the labels out.

@@ -30,8 +30,7 @@ from mm_moe.moe.upcycle import upcycle
 from mm_moe.registry import BACKBONES
 from prompts.base import Prompt
 
-LOGIT_SCALE = 2.6592  # log(1 / 0.07), CLIP's
-OPTIONAL_ON_LOAD = ("head.", "prompt.", "logit_scale")  # may be new when a checkpoint is taken over
+OPTIONAL_ON_LOAD = ("head.", "prompt.", "logit_")  # may be new when a checkpoint is taken over
 
 
 class MultimodalMoEModel(PreTrainedModel):
@@ -71,9 +70,12 @@ class MultimodalMoEModel(PreTrainedModel):
         self.anchor_prompt()
         self.head = self._new_head(config.num_labels) if config.num_labels else None
         self.logit_scale: nn.Parameter | None = None
+        self.logit_bias: nn.Parameter | None = None
         if self.head is None:
             # one element, not a scalar: DeepSpeed cannot broadcast tensors without dimensions
-            self.logit_scale = nn.Parameter(torch.tensor([LOGIT_SCALE]))
+            self.logit_scale = nn.Parameter(torch.tensor([config.logit_scale_init]))
+            if config.logit_bias_init is not None:
+                self.logit_bias = nn.Parameter(torch.tensor([config.logit_bias_init]))
         self._finish()
 
     def _make_sparse(self) -> None:
@@ -142,7 +144,9 @@ class MultimodalMoEModel(PreTrainedModel):
         if module is self.head:
             self.head.draw()
         elif module is self and self.logit_scale is not None:
-            nn.init.constant_(self.logit_scale, LOGIT_SCALE)
+            nn.init.constant_(self.logit_scale, self.config.logit_scale_init)
+            if self.logit_bias is not None:
+                nn.init.constant_(self.logit_bias, self.config.logit_bias_init or 0.0)
         elif any(module is part for part in self.prompt.modules()):
             reset = getattr(module, "reset_parameters", None)
             if reset is not None:

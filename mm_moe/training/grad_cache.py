@@ -99,18 +99,22 @@ class GradCache:
 
     def __init__(self, objective: FeatureObjective) -> None:
         self.objective = objective
-        self._batches: list[Batch] = []
         self._step: _Step | None = None
         self._done = 0
 
-    def begin(self, batches: Sequence[Batch]) -> None:
-        """Name the micro-batches of the next step, already where the model is."""
-        self._batches, self._step, self._done = list(batches), None, 0
+    def begin(self, model: Any, batches: Sequence[Batch]) -> None:
+        """Make the first pass over the micro-batches of the next step; a collective.
+
+        Args:
+            model: to train.
+            batches: already where the model is.
+        """
+        model.train()
+        self._step, self._done = self._first_pass(model, batches), 0
 
     def __call__(self, model: Any, batch: Batch) -> Terms:
         """As an objective, for the next of the step's micro-batches."""
-        if self._step is None:
-            self._step = self._first_pass(model, self._batches)
+        assert self._step is not None  # `begin` was called
         step, number = self._step, self._done
         self._done += 1
         _replay(step.random[number])  # the last one's forward ends where the first pass ended
@@ -127,10 +131,11 @@ class GradCache:
         loss = surrogate - surrogate.detach() + step.loss
         return with_auxiliary(self.objective.part, loss, output)
 
-    def _first_pass(self, model: Any, batches: list[Batch]) -> _Step:
+    def _first_pass(self, model: Any, batches: Sequence[Batch]) -> _Step:
         """Features of all micro-batches without a graph, and the gradient there."""
         inner: nn.Module = getattr(model, "module", model)
-        random, first, outputs = [], [0], []
+        random: list[tuple[Tensor, Tensor | None]] = []
+        first, outputs = [0], []
         kept = {name: value.clone() for name, value in inner.named_buffers()}
         with torch.no_grad():
             for batch in batches:

@@ -15,6 +15,7 @@ from mm_moe.errors import DataError
 from mm_moe.moe.layer import RoutingRecord
 from mm_moe.training import runtime, state
 from mm_moe.training.clip import clip_without_zero
+from mm_moe.training.grad_cache import GradCache
 from mm_moe.training.guard import StepGuard
 from mm_moe.training.meter import Meter
 from mm_moe.training.optimizer import parameter_groups
@@ -127,9 +128,18 @@ class MultimodalTrainer(Trainer):
             state.restore_random_state(Path(checkpoint), rank=self.args.process_index)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
-        """As in the library, under the clock."""
+        """As in the library, under the clock; a `GradCache` then makes its first pass."""
         with self.throughput.waiting():
-            return super().get_batch_samples(*args, **kwargs)
+            batches, count = super().get_batch_samples(*args, **kwargs)
+        if isinstance(self.objective, GradCache) and batches:
+            with self.compute_loss_context_manager():
+                self.objective.begin(self.model, [self._ready(batch) for batch in batches])
+        return batches, count
+
+    def _ready(self, batch: Batch) -> Batch:
+        """The batch where the model is."""
+        moved: Any = self._prepare_inputs(batch)
+        return moved
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss; its parts and the routing go to the meter.
