@@ -99,10 +99,9 @@ def _whole_loss(
     lacking_G = counts_G == 0
     logits_BG = scale * image_BD @ text_GD.T + bias
     if tiling.sigmoid:
-        sign_BG = -torch.ones_like(logits_BG)
-        sign_BG[torch.arange(len(own_B), device=own_B.device), own_B] = 1.0
-        each_BG = F.logsigmoid(sign_BG * logits_BG).masked_fill(lacking_G, 0.0)
-        return -(each_BG.sum(1) * counts_B).sum()
+        signed_BG = -logits_BG  # what each logit should be large in: "no" but for the pairs
+        signed_BG.diagonal(tiling.first).neg_()
+        return -((F.logsigmoid(signed_BG) @ counts_G) * counts_B).sum()
     alone = len(image_BD) == len(image_GD)  # one process: the other direction is the transpose
     other_BG = logits_BG.T if alone else scale * text_BD @ image_GD.T
     total = image_BD.new_zeros(())
