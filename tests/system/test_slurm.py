@@ -157,3 +157,35 @@ def same_weights(run: str, other: str) -> None:
     ours, theirs = (load_file(Path(name, "final", WEIGHTS)) for name in (run, other))
     assert ours.keys() == theirs.keys()
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_preempted_run_ends_as_if_nothing_had_been(place):
+    recipe, more = write_recipe(place), ("--max_steps", "150", "--save_steps", "1000")
+    number = submit_training(recipe, "run", *more)
+    metrics = Path("run/metrics.jsonl")
+    wait_until(
+        "training begun",
+        lambda: metrics.exists() and metrics.read_text().count("\n") > 3,
+        timeout_s=240,
+    )
+    ask("scancel", "--batch", "--signal=USR1", number)
+    start_again_now(number)
+    assert "preempted, the run is saved (status 75)" in log_of(number), log_of(number)
+    assert wait_for_end(number, timeout_s=400) == "COMPLETED", log_of(number)
+    assert job(number, "Restarts") == "1"
+    quiet = column(quiet_run(recipe, "quiet", *more), "loss")
+    assert len(quiet) == 150
+    assert column(read_run(Path("run")), "loss") == quiet
+    same_weights("run", "quiet")
+
+
+@pytest.mark.slow
+def test_slurm_itself_gives_notice_before_the_limit(place):
+    number = submit_stand_in("--time", "00:02:00", "--signal_before_s", "60")
+    start_again_now(number)
+    assert "asking for a checkpoint" in log_of(number)
+    assert "preempted, the run is saved (status 75)" in log_of(number)
+    ask("scancel", number)
+    assert wait_for_end(number, timeout_s=60) in ("CANCELLED", "FAILED")
