@@ -74,11 +74,22 @@ def job(number: str, field: str) -> str:
     return found[1] if found else ""
 
 
-def start_again_now(number: str) -> None:
-    """Wait until a job is back in the queue, and end the two minutes that Slurm lets it wait."""
-    wait_until("requeued", lambda: job(number, "JobState") == "PENDING", timeout_s=120)
-    ask("scontrol", "update", f"JobId={number}", "StartTime=now")
-    wait_until("started again", lambda: job(number, "JobState") != "PENDING", timeout_s=60)
+def start_again_now(number: str, *, restarts: int, log: Path) -> None:
+    """Wait until a job is back in the queue and end the two minutes that Slurm lets it wait there.
+
+    Args:
+        number: of the job.
+        restarts: how often it has then been started again.
+        log: its log, in which every start says so.
+    """
+    queued = str(restarts)
+    wait_until("requeued", lambda: job(number, "Restarts") == queued, timeout_s=240)
+
+    def started() -> bool:
+        ask("scontrol", "update", f"JobId={number}", "StartTime=now")  # refused while it ends
+        return f"start {restarts + 1}: on " in log.read_text()
+
+    wait_until("started again", started, timeout_s=120)
 
 
 def wait_for_end(number: str, *, timeout_s: float) -> str:

@@ -84,21 +84,28 @@ def submit_stand_in(*flags: str) -> str:
     return submit_slurm.submit(script.replace(line.split()[1], "stand_in.py"))
 
 
+def log_file(number: str) -> Path:
+    return Path(f"run-slurm-{number}.log")
+
+
 def log_of(number: str) -> str:
-    path = Path(f"run-slurm-{number}.log")
-    return path.read_text() if path.exists() else ""
+    return log_file(number).read_text() if log_file(number).exists() else ""
+
+
+def again(number: str, restarts: int) -> None:
+    start_again_now(number, restarts=restarts, log=log_file(number))
 
 
 def test_a_job_is_requeued_while_it_saves_and_no_longer(place):
     number = submit_stand_in()
-    wait_until("two ranks", lambda: log_of(number).count("|127.0.0.1") == 2, timeout_s=60)
+    wait_until("two ranks", lambda: log_of(number).count("|127.0.0.1") == 2, timeout_s=120)
     for rank in ("0|2|0|1|127.0.0.1", "1|2|0|1|127.0.0.1"):
         flags = ["--ep_size", "2", "--output_dir", "run", "--resume_from_checkpoint", "auto"]
         assert f"{rank} {flags}" in log_of(number)
     ask("scancel", "--batch", "--signal=USR1", number)  # what Slurm does before the limit
-    start_again_now(number)  # then rank 0 is killed, after it saved
-    start_again_now(number)  # then rank 0 loses another before anything is saved
-    assert wait_for_end(number, timeout_s=60) == "FAILED"
+    again(number, 1)  # then rank 0 is killed, after it saved
+    again(number, 2)  # then rank 0 loses another before anything is saved
+    assert wait_for_end(number, timeout_s=120) == "FAILED"
     assert (job(number, "Restarts"), job(number, "ExitCode")) == ("2", "17:0")
     log = log_of(number)
     assert log.count("preempted\n") == 2
@@ -110,9 +117,9 @@ def test_a_job_is_requeued_while_it_saves_and_no_longer(place):
 
 def test_the_last_start_ends_with_its_own_status(place):
     number = submit_stand_in("--max_requeues", "0")
-    wait_until("two ranks", lambda: log_of(number).count("|127.0.0.1") == 2, timeout_s=60)
+    wait_until("two ranks", lambda: log_of(number).count("|127.0.0.1") == 2, timeout_s=120)
     ask("scancel", "--batch", "--signal=USR1", number)
-    assert wait_for_end(number, timeout_s=60) == "FAILED"
+    assert wait_for_end(number, timeout_s=120) == "FAILED"
     assert (job(number, "Restarts"), job(number, "ExitCode")) == ("0", "75:0")
 
 
@@ -162,7 +169,7 @@ def same_weights(run: str, other: str) -> None:
 @pytest.mark.slow
 @pytest.mark.faults
 def test_a_preempted_run_ends_as_if_nothing_had_been(place):
-    recipe, more = write_recipe(place), ("--max_steps", "150", "--save_steps", "1000")
+    recipe, more = write_recipe(place), ("--max_steps", "80", "--save_steps", "1000")
     number = submit_training(recipe, "run", *more)
     metrics = Path("run/metrics.jsonl")
     wait_until(
@@ -171,12 +178,12 @@ def test_a_preempted_run_ends_as_if_nothing_had_been(place):
         timeout_s=240,
     )
     ask("scancel", "--batch", "--signal=USR1", number)
-    start_again_now(number)
+    again(number, 1)
     assert "preempted, the run is saved (status 75)" in log_of(number), log_of(number)
     assert wait_for_end(number, timeout_s=400) == "COMPLETED", log_of(number)
     assert job(number, "Restarts") == "1"
     quiet = column(quiet_run(recipe, "quiet", *more), "loss")
-    assert len(quiet) == 150
+    assert len(quiet) == 80
     assert column(read_run(Path("run")), "loss") == quiet
     same_weights("run", "quiet")
 
@@ -184,8 +191,8 @@ def test_a_preempted_run_ends_as_if_nothing_had_been(place):
 @pytest.mark.slow
 def test_slurm_itself_gives_notice_before_the_limit(place):
     number = submit_stand_in("--time", "00:02:00", "--signal_before_s", "60")
-    start_again_now(number)
+    again(number, 1)
     assert "asking for a checkpoint" in log_of(number)
     assert "preempted, the run is saved (status 75)" in log_of(number)
     ask("scancel", number)
-    assert wait_for_end(number, timeout_s=60) in ("CANCELLED", "FAILED")
+    assert wait_for_end(number, timeout_s=120) in ("CANCELLED", "FAILED")
