@@ -69,6 +69,13 @@ def _check_types(options: dict[str, Any]) -> None:
         value = options[field.name]
         if value is None and field.default is None:
             continue
+        if field.name == "by_modality":
+            if not isinstance(value, dict):
+                raise ConfigError(
+                    f"by_modality ({value!r}) in --moe_config must be an object: modality -> "
+                    "settings of its losses."
+                )
+            continue
         kind = float if field.default is None else type(field.default)
         each = value if field.name == "num_experts" and isinstance(value, list) else [value]
         fits = (int, float) if kind is float else kind

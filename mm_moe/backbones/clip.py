@@ -173,6 +173,31 @@ class ClipTextTower(ClipTower):
         return one_token(self.token_embedding.weight.device, token=self.eos_token_id)
 
 
+class BorrowingTextTower(ClipTextTower):
+    """A text tower without blocks of its own: its tokens go through those of another tower.
+
+    LIMoE's one tower (Mustafa et al. 2022): routers and experts are those of both modalities, while
+    embeddings, positions, the last norm and the projection are each modality's own. Theirs reads
+    all tokens in both directions and takes their mean; ours stays CLIP's, causal in texts, with the
+    class token and the end of the text.
+
+    Args:
+        encoder: the library's, whose blocks are dropped.
+        projection: from the last token to the feature.
+        lender: the tower with the blocks, of equal width.
+    """
+
+    def __init__(self, encoder: CLIPTextModel, projection: nn.Linear, *, lender: ClipTower) -> None:
+        super().__init__(encoder, projection)
+        del self.layers
+        self._lender = (lender,)  # in a tuple, so that it is no submodule
+
+    @property
+    def layers(self) -> nn.ModuleList:  # type: ignore[override]
+        """The other tower's blocks: parameters are counted, trained and saved once, there."""
+        return self._lender[0].layers
+
+
 def clip_config(settings: dict[str, Any]) -> CLIPConfig:
     """CLIPConfig from a dict of its fields, with errors a user can act on."""
     return library_config(CLIPConfig, settings)
@@ -185,6 +210,7 @@ class ClipBackbone(Backbone):
         settings: the fields of CLIPConfig (text_config, vision_config, projection_dim, ...).
         modalities: towers to keep, of "image" and "text".
         clip: a ready CLIPModel to take apart instead of a new random one.
+        one_tower: texts go through the image tower's blocks; both towers are of one width.
     """
 
     supported = (IMAGE, TEXT)
@@ -195,16 +221,18 @@ class ClipBackbone(Backbone):
         *,
         modalities: tuple[str, ...] = (IMAGE, TEXT),
         clip: CLIPModel | None = None,
+        one_tower: bool = False,
     ) -> None:
         super().__init__(settings, modalities=modalities)
         if clip is None:
             clip = CLIPModel(clip_config(self.settings))
-        self.set_towers(
-            {
-                IMAGE: ClipImageTower(clip.vision_model, clip.visual_projection),
-                TEXT: ClipTextTower(clip.text_model, clip.text_projection),
-            }
-        )
+        image = ClipImageTower(clip.vision_model, clip.visual_projection)
+        text = (clip.text_model, clip.text_projection)
+        if one_tower and {IMAGE, TEXT} <= set(self.parts.values()):
+            towers: dict[str, Tower] = {TEXT: BorrowingTextTower(*text, lender=image)}
+        else:
+            towers = {TEXT: ClipTextTower(*text)}
+        self.set_towers({IMAGE: image, **towers})
 
     @classmethod
     def processor_needs(cls, settings: dict[str, Any]) -> ProcessorNeeds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from transformers import CLIPConfig, CLIPModel
 
@@ -30,6 +31,8 @@ class SmallClipSettings:
         max_text_tokens: positions of the text tower, start and end marks included.
         vocab_size: tokens that the embedding has room for.
         projection: width of the features.
+        one_tower: image and text tokens go through the same blocks, and so the same experts
+            (LIMoE); embeddings, last norms and projections stay apart.
     """
 
     image_size: int = 64
@@ -41,10 +44,15 @@ class SmallClipSettings:
     max_text_tokens: int = 24
     vocab_size: int = 4096
     projection: int = 128
+    one_tower: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "one_tower":
+                if not isinstance(value, bool):
+                    raise ConfigError(f"small_clip.one_tower ({value!r}) must be true or false.")
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(
                     f"small_clip.{field.name} ({value!r}) must be a positive integer."
@@ -86,7 +94,7 @@ class SmallClipSettings:
         )
 
 
-def small_settings(settings: dict[str, int]) -> SmallClipSettings:
+def small_settings(settings: dict[str, Any]) -> SmallClipSettings:
     """Settings from a dict of the fields that differ from the defaults; ConfigError if unknown."""
     known = [field.name for field in dataclasses.fields(SmallClipSettings)]
     check_options("small_clip", settings, known)
@@ -105,8 +113,15 @@ class SmallClipBackbone(ClipBackbone):
         self, settings: dict[str, int], *, modalities: tuple[str, ...] = (IMAGE, TEXT)
     ) -> None:
         small = small_settings(settings)
-        super().__init__(settings, modalities=modalities, clip=CLIPModel(small.clip_config()))
+        super().__init__(
+            settings,
+            modalities=modalities,
+            clip=CLIPModel(small.clip_config()),
+            one_tower=small.one_tower,
+        )
         self.settings = dataclasses.asdict(small)
+        if not small.one_tower:  # as in checkpoints from before there was a choice
+            del self.settings["one_tower"]
 
     @classmethod
     def processor_needs(cls, settings: dict[str, int]) -> ProcessorNeeds:

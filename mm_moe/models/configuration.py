@@ -186,7 +186,8 @@ class MultimodalMoEConfig(PreTrainedConfig):
             return {}
         count = len(self.modalities)  # what only the model knows
         each = expert_settings(self.moe or {})
-        each = [dataclasses.replace(settings, num_modalities=count) for settings in each]
+        known: dict[str, Any] = {"num_modalities": count, "modalities": tuple(self.modalities)}
+        each = [dataclasses.replace(settings, **known) for settings in each]
         if len(each) == 1:
             return dict.fromkeys(blocks, each[0])
         if len(each) != len(blocks):

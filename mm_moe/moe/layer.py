@@ -5,6 +5,7 @@ T real tokens, D width, E experts, K choices per token.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -93,6 +94,8 @@ class MoELayer(nn.Module):
             y_TD = self.companion.join(x_TD, y_TD)
         if real_T is not None:
             y_TD = y_TD.new_zeros(flat_TD.shape).index_copy(0, real_T, y_TD)
+        modality = None if context is None else context.modality
+        routing = dataclasses.replace(routing, modality=modality)
         return y_TD.view(x.shape), self._record(routing, tokens_E)
 
     def _route(self, x_TD: Tensor, context: TokenContext) -> Routing:
@@ -120,7 +123,7 @@ class MoELayer(nn.Module):
             prob_TE=routing.prob_TE,
             expert_TK=routing.expert_TK,
             dropped=dropped,
-            entropy_gradient=self.settings.local_entropy_coef > 0,
+            entropy_gradient=self.settings.of_modality(routing.modality).local_entropy_coef > 0,
             sum_over_ranks=self.dispatcher.sum_over_ranks,
         )
         losses = self.router.losses(routing, sums, self.dispatcher.sum_over_ranks)

@@ -55,6 +55,7 @@ class Routing:
         noisy_TE: the scores that a noisy router made the choice by; None elsewhere.
         mixing: for a router whose experts work on mixtures: `expert_TK` and `weight_TK` are then
             about the mixtures' rows (R, 1) and no longer about tokens.
+        modality: place of the tokens' modality in the model's order, which the layer fills in.
     """
 
     logit_TE: Tensor
@@ -64,6 +65,7 @@ class Routing:
     keep_TK: Tensor | None = None
     noisy_TE: Tensor | None = None
     mixing: Mixing | None = None
+    modality: int | None = None
 
 
 def choose(score_TE: Tensor, k: int) -> Tensor:
@@ -191,12 +193,15 @@ class Router(nn.Module, ABC):
         `sum_over_ranks` is for a router that needs totals beyond `sums`; every rank must call it
         equally often.
         """
-        balance = self.settings.load_balance_coef * load_balance(sums)
-        return {"load_balance": balance, **self.shared_losses(sums)}
+        balance = self.settings.of_modality(routing.modality).load_balance_coef
+        return {
+            "load_balance": balance * load_balance(sums),
+            **self.shared_losses(sums, routing.modality),
+        }
 
-    def shared_losses(self, sums: RoutingSums) -> dict[str, Tensor]:
+    def shared_losses(self, sums: RoutingSums, modality: int | None = None) -> dict[str, Tensor]:
         """The losses that make sense for every router: z, and the entropies where asked for."""
-        settings = self.settings
+        settings = self.settings.of_modality(modality)
         losses = {"router_z": settings.router_z_coef * router_z(sums)}
         if settings.local_entropy_coef:
             losses["local_entropy"] = settings.local_entropy_coef * local_entropy(sums)

@@ -94,8 +94,8 @@ class GroupRouter(Router):
             return {}
         balance = load_balance_in_groups(sums, self.num_groups)
         return {
-            "load_balance": self.settings.load_balance_coef * balance,
-            **self.shared_losses(sums),
+            "load_balance": self.settings.of_modality(routing.modality).load_balance_coef * balance,
+            **self.shared_losses(sums, routing.modality),
         }
 
 

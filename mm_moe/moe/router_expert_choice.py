@@ -75,4 +75,4 @@ class ExpertChoiceRouter(Router):
         self, routing: Routing, sums: RoutingSums, sum_over_ranks: SumOverRanks
     ) -> dict[str, Tensor]:
         """The shared losses; the load is even by design."""
-        return self.shared_losses(sums)
+        return self.shared_losses(sums, routing.modality)

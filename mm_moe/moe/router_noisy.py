@@ -55,10 +55,10 @@ class NoisyTopKRouter(Router):
         self, routing: Routing, sums: RoutingSums, sum_over_ranks: SumOverRanks
     ) -> dict[str, Tensor]:
         """Importance, load (while training) and z over the tokens of all ranks."""
-        half = self.settings.load_balance_coef / 2
+        half = self.settings.of_modality(routing.modality).load_balance_coef / 2
         losses = {
             "importance": half * squared_variation(sums.prob_E),
-            **self.shared_losses(sums),
+            **self.shared_losses(sums, routing.modality),
         }
         if self.training and self._std > 0:
             losses["load"] = half * squared_variation(sum_over_ranks(self._load(routing)))

@@ -118,7 +118,7 @@ class SoftSlotsRouter(Router):
         self, routing: Routing, sums: RoutingSums, sum_over_ranks: SumOverRanks
     ) -> dict[str, Tensor]:
         """The shared losses; the load is even by design."""
-        return self.shared_losses(sums)
+        return self.shared_losses(sums, routing.modality)
 
 
 def _places(context: TokenContext, device: torch.device) -> tuple[Tensor, torch.Size]:

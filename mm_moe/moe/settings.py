@@ -22,6 +22,14 @@ _OFF_AT_ZERO = (
     "num_shared_experts",
 )
 
+LOSS_SETTINGS = (  # which may differ between modalities
+    "load_balance_coef",
+    "router_z_coef",
+    "local_entropy_coef",
+    "global_entropy_coef",
+    "global_entropy_threshold",
+)
+
 
 @dataclass(frozen=True)
 class MoESettings:
@@ -47,6 +55,9 @@ class MoESettings:
             modality settle on S experts. None for log(num_experts), the most there is.
         bias_update_rate: step of the bias that balances the choices of `topk_softmax` and
             `topk_sigmoid` without a loss (DeepSeek-V3: 0.001; 0 turns it off).
+        by_modality: modality -> its own values of `LOSS_SETTINGS`, the settings of the losses:
+            {"text": {"local_entropy_coef": 0.04}} (LIMoE asks texts alone to be decided).
+        modalities: names in the model's order; the model fills them in.
         num_modalities: of the model, which fills it in; for `by_modality` and `by_combination`.
         num_interactions: types of interaction that `by_interaction` tells apart.
         use_residual: mix the experts' output with a dense feed-forward's.
@@ -74,6 +85,8 @@ class MoESettings:
     global_entropy_coef: float = 0.0
     global_entropy_threshold: float | None = None
     bias_update_rate: float = 0.0
+    by_modality: dict[str, dict[str, float]] | None = None
+    modalities: tuple[str, ...] | list[str] = ()
     num_modalities: int = 0
     num_interactions: int = 4
     use_residual: bool = False
@@ -120,6 +133,30 @@ class MoESettings:
                 "it out."
             )
         ROUTERS.check(self.router)
+        self._check_by_modality()
+
+    def _check_by_modality(self) -> None:
+        for name, values in (self.by_modality or {}).items():
+            where = f"moe.by_modality[{name!r}]"
+            if self.modalities and name not in self.modalities:
+                raise ConfigError(
+                    f"{where}: no such modality; {nearest(name, list(self.modalities))}"
+                )
+            if not isinstance(values, dict):
+                raise ConfigError(f"{where} ({values!r}) must be an object of settings.")
+            for key, value in values.items():
+                if key not in LOSS_SETTINGS:
+                    raise ConfigError(f"{where}.{key}; {nearest(key, list(LOSS_SETTINGS))}")
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise ConfigError(f"{where}.{key} ({value!r}) must be a number.")
+            dataclasses.replace(self, by_modality=None, **values)  # refuses what cannot work
+
+    def of_modality(self, index: int | None) -> MoESettings:
+        """The settings for the tokens of one modality, by its place in the model's order."""
+        if not self.by_modality or index is None or index >= len(self.modalities):
+            return self
+        own = self.by_modality.get(self.modalities[index], {})
+        return dataclasses.replace(self, by_modality=None, **own)  # type: ignore[arg-type]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoESettings:
