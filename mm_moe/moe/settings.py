@@ -149,14 +149,15 @@ class MoESettings:
                     raise ConfigError(f"{where}.{key}; {nearest(key, list(LOSS_SETTINGS))}")
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
                     raise ConfigError(f"{where}.{key} ({value!r}) must be a number.")
-            dataclasses.replace(self, by_modality=None, **values)  # refuses what cannot work
+            own: dict[str, Any] = values
+            dataclasses.replace(self, by_modality=None, **own)  # refuses what cannot work
 
     def of_modality(self, index: int | None) -> MoESettings:
         """The settings for the tokens of one modality, by its place in the model's order."""
         if not self.by_modality or index is None or index >= len(self.modalities):
             return self
-        own = self.by_modality.get(self.modalities[index], {})
-        return dataclasses.replace(self, by_modality=None, **own)  # type: ignore[arg-type]
+        own: dict[str, Any] = self.by_modality.get(self.modalities[index], {})
+        return dataclasses.replace(self, by_modality=None, **own)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoESettings:
