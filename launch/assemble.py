@@ -232,6 +232,7 @@ def prepare_run(
         learning_rate_scale=learning_rate_scale(settings.run.new_parts_lr_scale),
         save_extra=run.save_extra,
         scores=run.validation_scores,
+        max_shard_size=settings.run.max_shard_size,
         guard=StepGuard(
             max_bad_steps=settings.run.max_bad_steps,
             skip_spikes=settings.run.skip_spikes,

@@ -12,7 +12,7 @@ from typing import Any
 from launch.cli import ROOT
 from launch.zero_shot import as_objective_sees, has_pairs
 from mm_moe.arguments import COLUMN_FLAGS, dataset_options, parse_json
-from mm_moe.checkpoint import hub, store
+from mm_moe.checkpoint import store
 from mm_moe.data.missing import MissingProtocol, kinds_for
 from mm_moe.data.schema import NO_LABEL, DataSource
 from mm_moe.errors import CheckpointError, ConfigError, DataError
@@ -261,20 +261,6 @@ def _settings_of(fields: dict[str, Any]) -> dict[str, Any]:
     for name, own in full.get("members", {}).items():
         found |= {f"{name}: {key}": value for key, value in _settings_of(own).items()}
     return json.loads(json.dumps(found))
-
-
-def push_target(values: argparse.Namespace) -> str | None:
-    """The repository that `--push_to_hub` means, if any.
-
-    Raises:
-        ConfigError: no name is given, or one that the Hub cannot have.
-    """
-    if not values.push_to_hub:
-        return None
-    if not values.hub_model_id:
-        raise ConfigError("--push_to_hub needs --hub_model_id ORG/NAME.")
-    hub.check_repo_id(values.hub_model_id)
-    return values.hub_model_id
 
 
 def check_supported(values: argparse.Namespace) -> None:

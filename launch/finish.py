@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from eval.card import card_of_run
 from eval.patterns import TABLE, ConditionScore, scores_document
 from eval.report import format_table, write_report
 from eval.zero_shot import ZeroShotRow
@@ -20,7 +21,7 @@ from launch.cli import ROOT, Settings
 from launch.scoring import train_prior
 from launch.tables import describe_tables, mask_keys
 from launch.zero_shot import has_pairs, scored_split, write_rows
-from mm_moe.checkpoint import hub, store
+from mm_moe.checkpoint import store
 from mm_moe.data.table import MissingTable
 from mm_moe.models.composed_configuration import ComposedConfig
 from mm_moe.training import runtime
@@ -151,6 +152,7 @@ def write_run_file(run: Run, folder: Path, argv: list[str]) -> None:
             "name": run.source.name,
             "sha256": run.source.fingerprint(),
             "license": run.source.license,
+            "task": run.source.task or run.source.problem_type,
             "sizes": {split: run.source.size(split) for split in run.source.splits()},
         },
         "missing": missing_record(run),
@@ -163,16 +165,6 @@ def write_run_file(run: Run, folder: Path, argv: list[str]) -> None:
     aside = folder / "run.json.tmp"
     aside.write_text(json.dumps(record, indent=1, default=str))
     aside.replace(folder / "run.json")
-
-
-def write_final_card(folder: Path) -> None:
-    """The model card beside the final weights, from what the run wrote about itself."""
-    scores = folder / "scores.json"
-    hub.write_card(
-        folder / "final",
-        json.loads((folder / "run.json").read_text()),
-        json.loads(scores.read_text()) if scores.is_file() else None,
-    )
 
 
 def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> None:
@@ -203,8 +195,8 @@ def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> No
         print(format_table(document))
     if bad := run.scorer.bad_ids:
         print(f"{len(bad)} sample(s) did not decode: {', '.join(bad[:5])}")
-    write_final_card(folder)
     report = write_report(folder)
+    card_of_run(folder, folder / "final")
     print(f"run: {folder}\nreport and pictures: {report}")
     for what, command in next_commands(run, folder, argv).items():
         print(f"{what + ':':<10}{command}")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from finetune.interaction_view import view_of
 from launch import (
     check_faults,
+    check_hub,
     check_objective,
     checks,
     interaction_experts,
@@ -26,12 +27,12 @@ from launch import (
 from launch.assemble import Run, for_comparison, prepare_run
 from launch.check_reports import wanted_trackers
 from launch.cli import RecipeParser, Settings
-from launch.finish import finish_run, how_to_go_on, write_run_file
+from launch.finish import finish_run, how_to_go_on, without_secrets, write_run_file
+from launch.pushing import Pushing
 from launch.tables import settle_tables
 from launch.zero_shot import check_zero_shot
-from mm_moe.checkpoint import hub
 from mm_moe.data.schema import DataSource
-from mm_moe.errors import BadNumbersError, CheckpointError, ConfigError, StoppedError
+from mm_moe.errors import BadNumbersError, ConfigError, StoppedError
 from mm_moe.training import runtime
 from mm_moe.training.callbacks import EpochOfStream, MetricsFile, Progress
 from mm_moe.training.preemption import StopOnSignal, StopSignals
@@ -77,6 +78,7 @@ def train_one(
     resume: Path | None = None,
     on_start: Callable[[Run], None] = lambda run: None,
     report_to: Sequence[str] = (),
+    callbacks: Sequence[TrainerCallback] = (),
     resumable: bool = True,
 ) -> Run:
     """Train one model and return it, still spread over the ranks.
@@ -90,6 +92,7 @@ def train_one(
         resume: a verified checkpoint to go on from.
         on_start: called on rank 0 when the folder exists and nothing is trained yet.
         report_to: trackers beside `metrics.jsonl`.
+        callbacks: further ones.
         resumable: whether a checkpoint of this training can be gone on from, and is worth saving
             when a signal stops it.
 
@@ -109,6 +112,7 @@ def train_one(
             *trackers(report_to, folder),
             MetricsFile(folder),  # behind the trackers: it says what they have
             Progress(title),
+            *callbacks,
             StopOnSignal(signals, save=resumable),
         ],
         signals=signals,
@@ -141,15 +145,6 @@ def describe(run: Run, title: str) -> None:
     )
 
 
-def publish(folder: Path, repo_id: str, *, private: bool, token: str | None) -> None:
-    """Push the finished model; a Hub that fails does not make the run fail."""
-    try:
-        address = hub.push(folder, repo_id, private=private, token=token)
-        print(f"pushed to {address}")
-    except CheckpointError as error:
-        print(f"warning: {error}", file=sys.stderr)
-
-
 def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path | None]:
     """Refuse what cannot work before anything is written, and fill in the rest.
 
@@ -165,6 +160,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     check_faults.check_faults(values)
     moe_flags.settle_moe(values, argv)
     checks.check_supported(values)
+    check_hub.check_hub_flags(values)
     checks.settle_batch(values, argv)
     values.deepspeed = checks.deepspeed_settings(values)
     ep_size = moe_flags.expert_layout(values)
@@ -192,9 +188,11 @@ def execute(parser: RecipeParser, values: argparse.Namespace, argv: list[str]) -
         StoppedError: a signal asked for it; the text ends with the command that goes on.
     """
     source, resume = check(values, argv)
-    push_to, values.push_to_hub = checks.push_target(values), False  # at the end, by our own hand
+    target, argv = check_hub.hub_target(values), without_secrets(argv)
     with StopSignals() as signals:
         runtime.start()
+        if target:
+            check_hub.refuse_wrong_token(target)
         values.output_dir = runtime.agree(values.output_dir or default_output(values.config))
         values.resume_from_checkpoint = str(resume) if resume else None
         # the same after a resume
@@ -203,19 +201,25 @@ def execute(parser: RecipeParser, values: argparse.Namespace, argv: list[str]) -
         report_to, values.report_to = values.report_to, "none"
         settings = parser.build(values)
         folder = Path(values.output_dir)
+        pushing = Pushing(target, folder, strategy=str(values.hub_strategy))
         try:
             train_and_finish(
-                settings, source, argv, signals=signals, resume=resume, report_to=report_to
+                settings,
+                source,
+                argv,
+                signals=signals,
+                resume=resume,
+                report_to=report_to,
+                callbacks=pushing.callbacks,
             )
         except (StoppedError, BadNumbersError) as error:
+            pushing.close()
             runtime.stop()
             if isinstance(error, BadNumbersError):
                 raise
             raise type(error)(f"{error}. {how_to_go_on(settings, folder, argv)}") from None
-        if push_to and runtime.is_main():
-            private = bool(values.hub_private_repo)
-            publish(folder / "final", push_to, private=private, token=values.hub_token)
         runtime.stop()
+    pushing.finish()  # no rank waits for it, and a signal ends it at once
 
 
 def train_and_finish(
@@ -226,6 +230,7 @@ def train_and_finish(
     signals: StopSignals,
     resume: Path | None,
     report_to: Sequence[str],
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
     """Train the model and those that it is compared with, then score and report."""
     prompt, folder = settings.prompt.prompt, Path(str(settings.training.output_dir))
@@ -238,6 +243,7 @@ def train_and_finish(
         resume=resume,
         on_start=lambda run: write_run_file(run, folder, argv),
         report_to=report_to,
+        callbacks=callbacks,
     )
     run.trainer.save_model(str(folder / "final"))
     others = [

@@ -42,3 +42,13 @@ class RunArguments:
     final_evaluation: bool = field(
         default=True, metadata={"help": "Score the test split per missing pattern at the end."}
     )
+    hub_timeout_s: float = field(
+        default=1800.0,
+        metadata={"help": "Seconds after which one push is given up, with all that is retried."},
+    )
+    hub_license: str = field(
+        default="other", metadata={"help": "The license of the model, for its card: a Hub id."}
+    )
+    max_shard_size: str = field(
+        default="5GB", metadata={"help": "Largest file of weights in final/: 5GB, 500MB."}
+    )

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from mm_moe.batch import Batch
 from mm_moe.errors import DataError
+from mm_moe.models.shards import SHARD_SIZE
 from mm_moe.moe.layer import RoutingRecord
 from mm_moe.training import runtime, state
 from mm_moe.training.clip import clip_without_zero
@@ -37,6 +38,7 @@ class MultimodalTrainer(Trainer):
         save_extra: writes what belongs beside the weights (the processor) into a folder.
         scores: the validation scores that `eval_strategy` asks for; called on every rank.
         guard: decides which optimizer steps are taken.
+        max_shard_size: the largest file of weights in a model that is saved by itself.
         **kwargs: what `transformers.Trainer` takes.
     """
 
@@ -52,6 +54,7 @@ class MultimodalTrainer(Trainer):
         save_extra: Callable[[Path], None] = lambda folder: None,
         scores: Callable[[], dict[str, float]] = dict,
         guard: StepGuard | None = None,
+        max_shard_size: str = SHARD_SIZE,
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = objective
@@ -59,6 +62,7 @@ class MultimodalTrainer(Trainer):
         self.learning_rate_scale = learning_rate_scale
         self.save_extra = save_extra
         self.scores = scores
+        self.max_shard_size = max_shard_size
         self.meter = Meter()
         self.guard = guard or StepGuard()
         self._resume_dir: Path | None = None
@@ -214,7 +218,12 @@ class MultimodalTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a Hugging Face folder with all experts; every rank must call it."""
-        state.save_weights(Path(output_dir or self.folder), self.model, save_extra=self.save_extra)
+        state.save_weights(
+            Path(output_dir or self.folder),
+            self.model,
+            save_extra=self.save_extra,
+            max_shard_size=self.max_shard_size,
+        )
 
 
 def refuse_empty(batch: Batch, routing: Mapping[str, RoutingRecord]) -> None:
