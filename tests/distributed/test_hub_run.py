@@ -143,7 +143,7 @@ def test_export_pushes_a_checkpoint_without_what_resumes_it(server, run, monkeyp
     assert export.main([*argv, "--push_to_hub", "org/other", "--private"]) == 0
     shown = server.files("org/other")
     assert not {store.OPTIMIZER, store.MANIFEST, "random-0.pt", store.WEIGHTS} & set(shown)
-    assert "Not evaluated." in shown["README.md"].decode()
+    assert "Not evaluated" in shown["README.md"].decode()
     assert "pushed to" in capsys.readouterr().out
     assert not list(run.glob(".pushing*"))
     server.fault("POST /api/repos/create", status=403, message=f"no, {TOKEN}")
