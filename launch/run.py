@@ -122,14 +122,19 @@ def train_one(
     for kind in (PrinterCallback, ProgressCallback):
         run.trainer.remove_callback(kind)
     if runtime.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        describe(run, title)
-        on_start(run)
+        begin(run, title, on_start)
     signals.check(where=f"{title} was not begun")
     run.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     signals.check(where=f"{title} at step {run.trainer.state.global_step}")
     run.scorer.note_bad(run.trainer.data_collator)
     return run
+
+
+def begin(run: Run, title: str, on_start: Callable[[Run], None]) -> None:
+    """Make the run's folder and say what is about to be trained."""
+    Path(str(run.settings.training.output_dir)).mkdir(parents=True, exist_ok=True)
+    describe(run, title)
+    on_start(run)
 
 
 def describe(run: Run, title: str) -> None:
