@@ -24,7 +24,7 @@ from launch.zero_shot import has_pairs, scored_split, write_rows
 from mm_moe.checkpoint import store
 from mm_moe.data.table import MissingTable
 from mm_moe.models.composed_configuration import ComposedConfig
-from mm_moe.training import runtime
+from mm_moe.training import runtime, slurm
 
 PACKAGES = (
     "torch",
@@ -73,9 +73,9 @@ def resume_command(
     if not any(word.split("=")[0] == "--deepspeed" for word in words):
         words = ["--deepspeed", "ds_configs/zero2.json", *words]
     world = settings.training.world_size
-    launcher = ["deepspeed"] if world == 1 else ["deepspeed", "--num_accelerators", str(world)]
+    alone = ["deepspeed"] if world == 1 else ["deepspeed", "--num_accelerators", str(world)]
     words += ["--output_dir", str(folder), "--resume_from_checkpoint", word]
-    return shlex.join([*launcher, "launch/train.py", *words])
+    return shlex.join([*(slurm.launcher() or alone), "launch/train.py", *words])
 
 
 def how_to_go_on(settings: Settings, folder: Path, argv: list[str]) -> str:

@@ -23,7 +23,7 @@ def adopt(environ: MutableMapping[str, str] | None = None) -> None:
 
     Does nothing outside a step of several tasks, and nothing where RANK is set: torchrun and
     `deepspeed` know better. MASTER_ADDR and MASTER_PORT that are set win too. Must come before
-    anything asks for the rank. Rank 0 also checks that the others can find it.
+    anything asks for the rank.
 
     Raises:
         ParallelismError: tasks are spread in a way that the layout of the experts cannot follow.
@@ -34,8 +34,9 @@ def adopt(environ: MutableMapping[str, str] | None = None) -> None:
     environ.update(found)
     if found:
         check_places(environ)
-    if environ.get("RANK") == "0" and found:
-        check_meeting_point(environ["MASTER_ADDR"], port=int(environ["MASTER_PORT"]))
+        check_address(environ["MASTER_ADDR"])  # on every rank: none shall wait for the others
+        if found["RANK"] == "0":
+            check_port(environ["MASTER_PORT"])
 
 
 def process_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -116,25 +117,44 @@ def check_places(environ: Mapping[str, str]) -> None:
         )
 
 
-def check_meeting_point(host: str, *, port: int) -> None:
-    """Refuse an address that does not resolve here and a port that another program holds.
+def check_address(host: str) -> None:
+    """Refuse an address of rank 0 that does not resolve here.
 
     Raises:
         ConfigError: names it and the variable that overrides it.
     """
     try:
-        socket.getaddrinfo(host, port)
+        socket.getaddrinfo(host, None)
     except OSError as error:
         raise ConfigError(
             f"the address of rank 0, {host!r}, does not resolve ({error}); set MASTER_ADDR to one "
             "that does (submit_slurm.py: --master_addr)."
         ) from error
+
+
+def check_port(text: str) -> None:
+    """As rank 0, refuse a port that another program holds.
+
+    Raises:
+        ConfigError: names it and the variable that overrides it.
+    """
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise ConfigError(f"MASTER_PORT {text!r} is no port; unset it, or set 1 to 65535.")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", port))
+            probe.bind(("", int(text)))
         except OSError as error:
             raise ConfigError(
-                f"port {port} of {host!r}, at which the processes meet, is taken; set MASTER_PORT "
-                "to a free one."
+                f"port {text}, at which the processes meet, is taken on {socket.gethostname()}; "
+                "set MASTER_PORT to a free one."
             ) from error
+
+
+def launcher(environ: Mapping[str, str] | None = None) -> list[str]:
+    """The words that start as many tasks as this step has; none outside a step of several tasks."""
+    environ = os.environ if environ is None else environ
+    if "SLURM_PROCID" not in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return []
+    counts = tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])
+    return ["srun", f"--nodes={len(counts)}", f"--ntasks-per-node={counts[0]}", "python"]

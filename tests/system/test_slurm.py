@@ -156,6 +156,7 @@ def test_it_trains_over_two_nodes(place):
     quiet = quiet_run(recipe, "quiet", *more)
     assert wait_for_end(number, timeout_s=300) == "COMPLETED", log_of(number)
     assert "2 process(es), experts over 2" in log_of(number)
+    assert "srun --nodes=2 --ntasks-per-node=1 python launch/train.py" in log_of(number)
     assert column(read_run(Path("run")), "loss") == column(quiet, "loss")
     same_weights("run", "quiet")
 

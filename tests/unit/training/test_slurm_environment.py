@@ -42,9 +42,14 @@ BATCH = {
 
 def test_a_task_of_a_step():
     assert slurm.process_environment(STEP) == FOUND
-    environ = dict(STEP)
+    environ = STEP | {"MASTER_ADDR": "127.0.0.1"}
     slurm.adopt(environ)
-    assert environ == STEP | FOUND
+    assert environ == STEP | FOUND | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def test_the_words_that_start_such_a_step_again():
+    assert slurm.launcher(STEP) == ["srun", "--nodes=2", "--ntasks-per-node=2", "python"]
+    assert slurm.launcher(BATCH) == slurm.launcher({}) == []
 
 
 @pytest.mark.parametrize(
@@ -121,15 +126,22 @@ def first_task(**others: str) -> dict[str, str]:
     return STEP | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"} | others
 
 
-def test_rank_0_refuses_an_address_that_does_not_resolve_and_a_port_that_is_taken():
-    with pytest.raises(ConfigError, match=r"'gpu07.invalid', does not resolve.*MASTER_ADDR"):
-        slurm.adopt(first_task(MASTER_ADDR="gpu07.invalid"))
+def test_an_address_that_does_not_resolve_is_refused_by_every_rank():
+    for environ in (STEP, first_task()):
+        with pytest.raises(ConfigError, match=r"'gpu07.invalid', does not resolve.*MASTER_ADDR"):
+            slurm.adopt(environ | {"MASTER_ADDR": "gpu07.invalid"})
+
+
+def test_rank_0_refuses_a_port_that_is_taken_or_none():
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         environ = first_task(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        with pytest.raises(ConfigError, match=rf"port {port} of '127.0.0.1'.*set MASTER_PORT"):
+        with pytest.raises(ConfigError, match=rf"port {port}, .*is taken on .*set MASTER_PORT"):
             slurm.adopt(environ)
         assert environ["RANK"] == "0"  # so that one process speaks
     slurm.adopt(first_task(MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+    for wrong in ("many", "0", "65536"):
+        with pytest.raises(ConfigError, match=f"MASTER_PORT '{wrong}' is no port"):
+            slurm.adopt(first_task(MASTER_ADDR="127.0.0.1", MASTER_PORT=wrong))
