@@ -170,12 +170,12 @@ def same_weights(run: str, other: str) -> None:
 @pytest.mark.slow
 @pytest.mark.faults
 def test_a_preempted_run_ends_as_if_nothing_had_been(place):
-    recipe, more = write_recipe(place), ("--max_steps", "80", "--save_steps", "1000")
+    recipe, more = write_recipe(place), ("--max_steps", "40", "--save_steps", "1000")
     number = submit_training(recipe, "run", *more)
     metrics = Path("run/metrics.jsonl")
     wait_until(
         "training begun",
-        lambda: metrics.exists() and metrics.read_text().count("\n") > 3,
+        lambda: metrics.exists() and metrics.read_text().count("\n") > 0,
         timeout_s=240,
     )
     ask("scancel", "--batch", "--signal=USR1", number)
@@ -184,7 +184,7 @@ def test_a_preempted_run_ends_as_if_nothing_had_been(place):
     assert wait_for_end(number, timeout_s=400) == "COMPLETED", log_of(number)
     assert job(number, "Restarts") == "1"
     quiet = column(quiet_run(recipe, "quiet", *more), "loss")
-    assert len(quiet) == 80
+    assert len(quiet) == 40
     assert column(read_run(Path("run")), "loss") == quiet
     same_weights("run", "quiet")
 
