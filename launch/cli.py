@@ -96,8 +96,14 @@ class RecipeParser(HfArgumentParser):
         """Every flag in snake case."""
         return sorted({action.dest for action in self._actions if action.dest != "help"})
 
-    def namespace(self, argv: list[str]) -> argparse.Namespace:
+    def namespace(
+        self, argv: list[str], *, recipe: dict[str, Any] | None = None
+    ) -> argparse.Namespace:
         """Recipe and flags as plain values; nothing is constructed yet.
+
+        Args:
+            argv: the command line.
+            recipe: flags of the recipe; None reads those of `--config`.
 
         Raises:
             ConfigError: unknown flag or recipe key (with the nearest names), or a value of the
@@ -107,7 +113,7 @@ class RecipeParser(HfArgumentParser):
         first = ProgramParser(add_help=False, allow_abbrev=False)
         first.add_argument("--config", default=DEFAULT_RECIPE)
         recipe_path = first.parse_known_args(argv)[0].config
-        recipe = read_recipe(recipe_path)
+        recipe = dict(read_recipe(recipe_path) if recipe is None else recipe)
         for key in recipe:
             if key not in self.flags:
                 raise ConfigError(

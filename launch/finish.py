@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import platform
 import shlex
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,17 @@ from eval.patterns import TABLE, ConditionScore, scores_document
 from eval.report import format_table, write_report
 from eval.zero_shot import ZeroShotRow
 from launch.assemble import Run
-from launch.cli import ROOT, Settings
+from launch.cli import Settings
+from launch.manifest import (
+    SECRET_FLAGS,
+    hardware,
+    package_versions,
+    read_manifest,
+    source_state,
+    without_flags,
+    without_secrets,
+    write_manifest,
+)
 from launch.scoring import train_prior
 from launch.tables import describe_tables, mask_keys
 from launch.zero_shot import has_pairs, scored_split, write_rows
@@ -25,27 +32,6 @@ from mm_moe.checkpoint import store
 from mm_moe.data.table import MissingTable
 from mm_moe.models.composed_configuration import ComposedConfig
 from mm_moe.training import runtime, slurm
-
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "deepspeed",
-    "transformers",
-    "open-clip-torch",
-    "datasets",
-    "accelerate",
-    "peft",
-    "safetensors",
-)
-SECRET_FLAGS = ("hub_token",)
-
-
-def git_commit() -> str:
-    """The commit of the source tree, or "unknown" for an installed wheel."""
-    found = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
 
 
 def arguments_of(run: Run) -> dict[str, Any]:
@@ -117,37 +103,15 @@ def missing_record(run: Run) -> dict[str, Any]:
     return record
 
 
-def without_flags(argv: list[str], flags: tuple[str, ...]) -> list[str]:
-    """A command line without some flags and their values."""
-    kept: list[str] = []
-    dropping = False  # whether the word is the value of a dropped flag
-    for word in argv:
-        if word.startswith("--"):
-            dropping = word[2:].split("=")[0].replace("-", "_") in flags
-        if not dropping:
-            kept.append(word)
-    return kept
-
-
-def without_secrets(argv: list[str]) -> list[str]:
-    """A command line without the flags that hold a secret, and without what looks like a token."""
-    kept = without_flags(argv, SECRET_FLAGS)
-    return [word for word in kept if not word.split("=")[-1].startswith("hf_")]
-
-
-def write_run_file(run: Run, folder: Path, argv: list[str]) -> None:
-    """Write `run.json`: arguments, versions, data and mask hashes, commit, next commands."""
-    if not runtime.is_main():
-        return
+def run_record(run: Run, folder: Path, argv: list[str]) -> dict[str, Any]:
+    """What `run.json` says: arguments, versions, data and mask hashes, code, next commands."""
     config = json.dumps(run.model.config.to_dict(), sort_keys=True, default=str)
-    record = {
+    return {
         "command": ["launch/train.py", *without_secrets(argv)],
         "arguments": arguments_of(run),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
-        "commit": git_commit(),
+        "versions": package_versions(),
+        **source_state(),
+        "hardware": hardware(),
         "data": {
             "name": run.source.name,
             "sha256": run.source.fingerprint(),
@@ -162,9 +126,6 @@ def write_run_file(run: Run, folder: Path, argv: list[str]) -> None:
         "commands": next_commands(run, folder, argv),
         "bad_samples": run.scorer.bad_ids,
     }
-    aside = folder / "run.json.tmp"
-    aside.write_text(json.dumps(record, indent=1, default=str))
-    aside.replace(folder / "run.json")
 
 
 def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> None:
@@ -183,7 +144,7 @@ def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> No
     zero_shot = zero_shot_scores(run)
     if not runtime.is_main():
         return
-    write_run_file(run, folder, argv)
+    write_manifest(folder, {**(read_manifest(folder) or {}), "bad_samples": run.scorer.bad_ids})
     print()
     if zero_shot is not None:
         pretrained = str(run.settings.model.pretrained or "none")

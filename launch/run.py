@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -27,8 +28,9 @@ from launch import (
 from launch.assemble import Run, for_comparison, prepare_run
 from launch.check_reports import wanted_trackers
 from launch.cli import RecipeParser, Settings
-from launch.finish import finish_run, how_to_go_on, without_secrets, write_run_file
+from launch.finish import finish_run, how_to_go_on, without_secrets
 from launch.pushing import Pushing
+from launch.starts import Start
 from launch.tables import settle_tables
 from launch.zero_shot import check_zero_shot
 from mm_moe.data.schema import DataSource
@@ -75,11 +77,8 @@ def train_one(
     prompt: str,
     title: str,
     signals: StopSignals,
-    resume: Path | None = None,
-    on_start: Callable[[Run], None] = lambda run: None,
-    report_to: Sequence[str] = (),
+    start: Start | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    resumable: bool = True,
 ) -> Run:
     """Train one model and return it, still spread over the ranks.
 
@@ -89,12 +88,10 @@ def train_one(
         prompt: the prompt of this model.
         title: what the progress line calls it.
         signals: those of this process.
-        resume: a verified checkpoint to go on from.
-        on_start: called on rank 0 when the folder exists and nothing is trained yet.
-        report_to: trackers beside `metrics.jsonl`.
+        start: of the run: what it goes on from and whom it reports to; compared and written down
+            before anything is trained. None for a comparison: it reports to nobody, and what a
+            signal stops of it is trained anew.
         callbacks: further ones.
-        resumable: whether a checkpoint of this training can be gone on from, and is worth saving
-            when a signal stops it.
 
     Raises:
         StoppedError: on every rank, by a signal to any of them.
@@ -109,32 +106,35 @@ def train_one(
         ep_size=settings.moe.ep_size,
         callbacks=[
             EpochOfStream(source.size(settings.data.train_split), batch * training.world_size),
-            *trackers(report_to, folder),
+            *trackers(start.report_to if start else [], folder),
             MetricsFile(folder),  # behind the trackers: it says what they have
             Progress(title),
             *callbacks,
-            StopOnSignal(signals, save=resumable),
+            StopOnSignal(signals, save=start is not None),
         ],
         signals=signals,
     )
-    if resume is not None:
-        checks.check_same_model(resume, run.model.config.to_dict())
+    if start is not None:
+        start.check(run)
     for kind in (PrinterCallback, ProgressCallback):
         run.trainer.remove_callback(kind)
     if runtime.is_main():
-        begin(run, title, on_start)
+        begin(run, title, start)
     signals.check(where=f"{title} was not begun")
-    run.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    resume = str(start.resume) if start and start.resume else None
+    run.trainer.train(resume_from_checkpoint=resume)
     signals.check(where=f"{title} at step {run.trainer.state.global_step}")
     run.scorer.note_bad(run.trainer.data_collator)
     return run
 
 
-def begin(run: Run, title: str, on_start: Callable[[Run], None]) -> None:
-    """Make the run's folder and say what is about to be trained."""
-    Path(str(run.settings.training.output_dir)).mkdir(parents=True, exist_ok=True)
+def begin(run: Run, title: str, start: Start | None) -> None:
+    """Make the run's folder, say what is about to be trained, and write it down."""
+    folder = Path(str(run.settings.training.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
     describe(run, title)
-    on_start(run)
+    if start is not None:
+        start.write(folder)
 
 
 def describe(run: Run, title: str) -> None:
@@ -183,40 +183,48 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     return source, resume
 
 
-def execute(parser: RecipeParser, values: argparse.Namespace, argv: list[str]) -> None:
+def execute(
+    parser: RecipeParser,
+    values: argparse.Namespace,
+    argv: list[str],
+    *,
+    recipe: dict[str, Any] | None = None,
+) -> None:
     """Check everything, then train, score, report and publish.
 
     A rank that fails leaves the process group as it is: the launcher ends the others. Where all
     stop together, by a signal or by numbers that stay bad, each leaves the group first.
 
+    Args:
+        parser: of the flags.
+        values: what it made of them.
+        argv: the command line.
+        recipe: flags of the recipe, where they come from the run that is resumed.
+
     Raises:
         StoppedError: a signal asked for it; the text ends with the command that goes on.
     """
-    source, resume = check(values, argv)
+    start = Start.of(values, argv, recipe=recipe)
+    source, start.resume = check(values, argv)
     target, argv = check_hub.hub_target(values), without_secrets(argv)
     with StopSignals() as signals:
         runtime.start()
         if target:
             check_hub.refuse_wrong_token(target)
         values.output_dir = runtime.agree(values.output_dir or default_output(values.config))
-        values.resume_from_checkpoint = str(resume) if resume else None
+        values.resume_from_checkpoint = str(start.resume) if start.resume else None
         # the same after a resume
         values.run_name = values.run_name or Path(values.output_dir).name
         # trackers are ours, and none that the Trainer makes
-        report_to, values.report_to = values.report_to, "none"
+        start.report_to, values.report_to = values.report_to, "none"
         settings = parser.build(values)
         folder = Path(values.output_dir)
         pushing = Pushing(target, folder, strategy=str(values.hub_strategy))
         try:
-            train_and_finish(
-                settings,
-                source,
-                argv,
-                signals=signals,
-                resume=resume,
-                report_to=report_to,
-                callbacks=pushing.callbacks,
-            )
+            with start.ends(folder):
+                train_and_finish(
+                    settings, source, signals=signals, start=start, callbacks=pushing.callbacks
+                )
         except (StoppedError, BadNumbersError) as error:
             pushing.close()
             runtime.stop()
@@ -230,11 +238,9 @@ def execute(parser: RecipeParser, values: argparse.Namespace, argv: list[str]) -
 def train_and_finish(
     settings: Settings,
     source: DataSource,
-    argv: list[str],
     *,
     signals: StopSignals,
-    resume: Path | None,
-    report_to: Sequence[str],
+    start: Start,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
     """Train the model and those that it is compared with, then score and report."""
@@ -245,9 +251,7 @@ def train_and_finish(
         prompt=prompt,
         title=prompt,
         signals=signals,
-        resume=resume,
-        on_start=lambda run: write_run_file(run, folder, argv),
-        report_to=report_to,
+        start=start,
         callbacks=callbacks,
     )
     run.trainer.save_model(str(folder / "final"))
@@ -258,9 +262,8 @@ def train_and_finish(
             prompt=name,
             title=f"comparison: {name}",
             signals=signals,
-            resumable=False,  # it is trained anew when the run goes on
         )
         for name in settings.run.compare_with
         if settings.run.final_evaluation  # comparisons live in the final table only
     ]
-    finish_run(run, others, folder, argv)
+    finish_run(run, others, folder, start.argv)

@@ -2,26 +2,40 @@
 
 Without further flags it runs the recipe `finetune/recipes/emoji_replay.yaml` on embedded data.
 `torchrun --nproc_per_node N launch/train.py ...`, `srun python launch/train.py ...` and
-`python launch/train.py ...` take the same flags.
+`python launch/train.py ...` take the same flags. `--doctor` examines the machine instead.
 """
 
 from __future__ import annotations
 
-from launch.cli import RecipeParser, run_program
-from mm_moe.training import slurm
+import sys
+
+from launch import doctor
 
 
 def main(argv: list[str]) -> int:
     """Read the flags, then hand over."""
+    if doctor.asked_for(argv):
+        return doctor.main(argv)
+    from launch.cli import RecipeParser
+    from launch.own_flags import complete
+    from mm_moe.training import runtime, slurm
+
     slurm.adopt()
+    line = complete(argv)
     parser = RecipeParser()
-    values = parser.namespace(argv)
+    values = parser.namespace(line.argv, recipe=line.recipe)
+    if line.told and runtime.is_main():
+        print(line.told, flush=True)
     # DeepSpeed comes in only now: a wrong flag is told in seconds, and the environment is set.
     from launch.run import execute
 
-    execute(parser, values, argv)
+    execute(parser, values, line.argv, recipe=line.recipe)
     return 0
 
 
 if __name__ == "__main__":
+    if doctor.asked_for(sys.argv[1:]):  # before anything that may not import
+        sys.exit(doctor.main(sys.argv[1:]))
+    from launch.cli import run_program
+
     run_program(main)

@@ -18,6 +18,10 @@ class RunArguments:
         },
     )
     objective: str = field(default="supervised", metadata={"help": "A registered objective name."})
+    allow_drift: bool = field(
+        default=False,
+        metadata={"help": "Resume although settings that move the loss curve have changed."},
+    )
     compare_with: list[str] = field(
         default_factory=list,
         metadata={"help": "Prompts whose models are trained in the same way for the final table."},
