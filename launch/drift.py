@@ -15,24 +15,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_moe.arguments import DataArguments, ModelArguments, MoEArguments, PromptArguments
+from mm_moe.arguments import (
+    DataArguments,
+    ModelArguments,
+    MoEArguments,
+    ObjectiveArguments,
+    PromptArguments,
+)
 from mm_moe.errors import CheckpointError
 
 ANOTHER_RUN = ("dataset", "objective")
-_OF_THE_MODEL = {
-    field.name
-    for kind in (ModelArguments, MoEArguments, PromptArguments, DataArguments)
-    for field in dataclasses.fields(kind)
-}
+_GROUPS = (ModelArguments, MoEArguments, PromptArguments, DataArguments, ObjectiveArguments)
+_OF_THE_MODEL = {field.name for kind in _GROUPS for field in dataclasses.fields(kind)}
 _NO_MATTER = {  # of those: what is read after training, or follows one curve by construction
-    *("validation_split", "test_split", "max_bad_samples", "ep_size"),
+    *("validation_split", "test_split", "max_bad_samples", "ep_size", "grad_cache"),
 }
 _OF_TRAINING = {
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("max_grad_norm", "bf16", "fp16", "tf32", "seed", "data_seed", "label_smoothing_factor"),
     *("torch_compile", "full_determinism", "neftune_noise_alpha", "optim_target_modules"),
-    *("new_parts_lr_scale", "objective_config", "skip_spikes"),
+    *("new_parts_lr_scale", "skip_spikes"),
 }
 MOVES_THE_CURVE = (_OF_THE_MODEL - _NO_MATTER) | _OF_TRAINING
 LENGTH = ("max_steps", "num_train_epochs")
