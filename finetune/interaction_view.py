@@ -40,7 +40,7 @@ class InteractionView(DataSource):
 
     def __init__(self, source: DataSource, table: InteractionTable, *, train_split: str) -> None:
         super().__init__(None)
-        self.data_dir = source.data_dir
+        self.data_dir, self.remote = source.data_dir, source.remote
         self.source, self.train_split = source, source.check_split(train_split)
         self.name, self.modalities = source.name, source.modalities
         self.label_names, self.license = tuple(source.label_names), source.license

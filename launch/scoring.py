@@ -58,6 +58,7 @@ class Scorer:
             vectors=self.source.sequences,
             max_bad_samples=self.max_bad_samples,
             interactions=interactions,
+            remote=self.source.remote,
         )
 
     def predict(self, missing: Missing | None, split: str) -> Predictions:

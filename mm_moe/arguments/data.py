@@ -10,6 +10,7 @@ from mm_moe.arguments.json_flag import parse_json
 from mm_moe.errors import ConfigError
 
 COLUMN_FLAGS = ("image_column", "text_column", "label_column")
+STREAM_FLAGS = {"stream_retries": 8, "stream_timeout_s": 60.0}  # options only where changed
 
 
 def dataset_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,9 +23,9 @@ def dataset_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: no JSON object, or a flag that contradicts it.
     """
     options = parse_json("dataset_options", arguments.get("dataset_options"))
-    for flag in COLUMN_FLAGS:
+    for flag in (*COLUMN_FLAGS, *STREAM_FLAGS):
         value = arguments.get(flag)
-        if value is None:
+        if value is None or value == STREAM_FLAGS.get(flag):
             continue
         if options.get(flag, value) != value:
             raise ConfigError(
@@ -130,4 +131,20 @@ class DataArguments:
     )
     max_bad_samples: int = field(
         default=100, metadata={"help": "Undecodable samples after which the run stops."}
+    )
+    max_bad_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of undecodable samples after which the run stops, judged as if at least "
+            "1,000 samples (or the whole split) had been seen; 0 leaves it to max_bad_samples."
+        },
+    )
+    stream_retries: int = field(
+        default=8, metadata={"help": "Further tries of a request that fails, for HTTP addresses."}
+    )
+    stream_timeout_s: float = field(
+        default=60.0,
+        metadata={
+            "help": "Seconds that an HTTP request may take to answer, and then for each MiB of it."
+        },
     )

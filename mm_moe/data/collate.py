@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mm_moe.batch import IGNORED_LABEL, IMAGE, Batch, PackedArray, Sample, base_modality
 from mm_moe.data.decode import UndecodableImageError, decode_image
+from mm_moe.data.retrying import Remote
 from mm_moe.data.schema import MULTI_LABEL, NO_LABEL, SINGLE_LABEL, check_label, dense_label
 from mm_moe.errors import ConfigError, DataError
 
@@ -53,6 +54,7 @@ class Collator:
         vectors: modalities that are feature sequences, whatever their names: not to be decoded.
         max_bad_samples: how many samples with an undecodable image are borne before the run stops.
         interactions: gives the key "interaction" of training batches, or None.
+        remote: how images at addresses are read.
 
     Attributes:
         bad_ids: the ids of such samples that *this process* met, in order. With loader workers each
@@ -73,6 +75,7 @@ class Collator:
         vectors: Collection[str] = (),
         max_bad_samples: int = 100,
         interactions: Interactions | None = None,
+        remote: Remote | None = None,
     ) -> None:
         lacking = [name for name in modalities if name not in processors]
         if lacking:
@@ -81,6 +84,7 @@ class Collator:
         self.problem_type, self.num_labels = problem_type, num_labels
         self.missing, self.max_bad_samples = missing, max_bad_samples
         self.interactions = interactions
+        self.remote = remote or Remote()
         self.vectors = frozenset(vectors)
         self.bad_ids: list[str] = []
         # One flag per hashed id in shared memory: loader workers set it without a lock and without
@@ -123,7 +127,7 @@ class Collator:
         if not is_image or isinstance(value, PackedArray):
             return value
         try:
-            return decode_image(value)
+            return decode_image(value, remote=self.remote)
         except UndecodableImageError as error:
             self._count_bad(sample.id, str(error))
             return None

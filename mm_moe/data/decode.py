@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,9 @@ from typing import Any
 import fsspec
 import numpy as np
 from PIL import Image
+
+from mm_moe.data.retrying import GoneError, NoLengthError, Remote
+from mm_moe.data.web import is_http
 
 MAX_PIXELS = 64_000_000  # 8000 x 8000; a larger picture is taken for a decompression bomb
 # Formats with a decoder inside Pillow; others (EPS, for one) start outside programs.
@@ -35,7 +37,7 @@ class Region:
     box: tuple[int, int, int, int]
 
 
-def decode_image(payload: Any) -> Image.Image:
+def decode_image(payload: Any, *, remote: Remote | None = None) -> Image.Image:
     """Read one image as RGB.
 
     Transparent pixels lie on white (Pillow alone would show the colours hidden under them, mostly
@@ -44,21 +46,61 @@ def decode_image(payload: Any) -> Image.Image:
     Args:
         payload: encoded bytes, a path or URL to them, a `Region` of such an image, or an image that
             is decoded already.
+        remote: how addresses are read. An image from there that does not decode is fetched again:
+            it is taken for broken where a second body, of the right length, is broken, too.
 
     Raises:
         UndecodableImageError: no such file, not an image, truncated, or too large.
+        RemoteError: a server that fails, or refuses, for good. That is no fault of the image.
     """
     if isinstance(payload, Image.Image):
         return to_rgb(payload)
     if isinstance(payload, Region):
-        whole = decode_image(payload.encoded)
+        whole = decode_image(payload.encoded, remote=remote)
         if payload.box[2] > whole.width or payload.box[3] > whole.height:
             raise UndecodableImageError(f"{whole.width} x {whole.height} pixels, box {payload.box}")
         return whole.crop(payload.box)
+    if not isinstance(payload, bytes) and "://" in str(payload):
+        return _decode_from(str(payload), remote or Remote())
+    try:
+        return _decode(payload if isinstance(payload, bytes) else Path(payload).read_bytes())
+    except (OSError, ValueError) as error:  # a path may hold anything
+        raise UndecodableImageError(type(error).__name__) from error
+
+
+def _decode_from(url: str, remote: Remote) -> Image.Image:
+    """An image at an address; what is broken on the way is fetched again, its length checked."""
+    first = _fetch(url, remote)
+    try:
+        return _decode(first)
+    except UndecodableImageError:
+        if not is_http(url):
+            raise
+        try:
+            with remote.open(url) as file:
+                encoded = file.read()
+        except NoLengthError:
+            encoded = remote.read(url)
+        return _decode(encoded)
+
+
+def _fetch(url: str, remote: Remote) -> bytes:
+    try:
+        if is_http(url):
+            return remote.read(url)
+        with fsspec.open(url, "rb") as file:
+            return file.read()
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UndecodableImageError(type(error).__name__) from error
+    except GoneError as error:
+        raise UndecodableImageError("the address is gone") from error
+
+
+def _decode(encoded: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own limit warns; ours below refuses
-            image = Image.open(io.BytesIO(_read(payload)), formats=FORMATS)
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise UndecodableImageError(f"{width} x {height} pixels, limit {MAX_PIXELS:,}")
@@ -67,15 +109,6 @@ def decode_image(payload: Any) -> Image.Image:
         raise
     except Exception as error:  # a decoder on foreign bytes raises nearly anything
         raise UndecodableImageError(type(error).__name__) from error
-
-
-def _read(payload: bytes | str | os.PathLike[str]) -> bytes:
-    if isinstance(payload, bytes):
-        return payload
-    if "://" in str(payload):
-        with fsspec.open(str(payload), "rb") as file:
-            return file.read()
-    return Path(payload).read_bytes()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ columns). No code of a data set is ever run.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import datasets
 
 from mm_moe.data.csv_files import close_files
-from mm_moe.data.reading import reading
+from mm_moe.data.reading import reading, undecoded
 from mm_moe.errors import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -66,6 +67,49 @@ class Located:
         if self.is_local:
             close_files(builder)
         return builder
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Our names of the splits that were found."""
+        return tuple(self.names)
+
+    def columns(self, split: str) -> list[str]:
+        """Names of a split's columns."""
+        stream = self.stream(split)
+        return list(stream.features or next(iter(stream.iter(batch_size=1)), {}))
+
+    def stream(self, split: str, columns: list[str] | None = None) -> datasets.IterableDataset:
+        """Raw rows of a split, images undecoded; of some columns, or of all."""
+        stream = undecoded(self.reader.as_streaming_dataset(self.names[split]))
+        return stream.select_columns(columns) if columns else stream
+
+    def class_names(self, split: str, column: str) -> tuple[str, ...] | None:
+        """Names of a ClassLabel column; its cells hold indices into them."""
+        feature = (self.stream(split).features or {}).get(column)
+        return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+    def folder(self, split: str) -> str:
+        """The folder of a split's tables, which relative image paths start from.
+
+        Raises:
+            DataError: they lie in several.
+        """
+        return one_folder({str(file.parent) for file in self.files[split]}, split=split)
+
+
+def one_folder(folders: Collection[str], *, split: str) -> str:
+    """The only one of some folders.
+
+    Raises:
+        DataError: there are several.
+    """
+    first, *others = sorted(folders)
+    if others:
+        raise DataError(
+            f"the tables of split {split!r} lie in {len(folders)} folders, so relative image paths "
+            f"have no one start; put them in {first}."
+        )
+    return first
 
 
 def locate(

@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 
 from mm_moe.batch import IGNORED_LABEL, Sample
+from mm_moe.data.retrying import Remote
 from mm_moe.errors import ConfigError, DataError
 from mm_moe.registry import nearest
 
@@ -56,6 +57,7 @@ class DataSource(ABC):
             features (an array (T, width), or its float32 bytes).
         array_shapes: modality -> {"shape", "scale"} where the payload is a `PackedArray` of one
             shape, whose values a model divides by the scale.
+        remote: how the data's addresses are read; None: in the usual way.
     """
 
     name: str
@@ -67,6 +69,7 @@ class DataSource(ABC):
     unlabelled: Mapping[str, str] = MappingProxyType({})
     sequences: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     array_shapes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    remote: Remote | None = None
 
     def __init__(self, data_dir: str | None = None) -> None:
         self.data_dir = None if data_dir is None else Path(data_dir).expanduser()

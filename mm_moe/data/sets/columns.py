@@ -13,7 +13,9 @@ import datasets
 
 from mm_moe.batch import IMAGE, TEXT, Sample
 from mm_moe.data.locate import Located, locate
-from mm_moe.data.reading import file_sha256, image_payload, reading, undecoded
+from mm_moe.data.reading import file_sha256, image_payload, reading
+from mm_moe.data.remote_tables import RemoteTables, beside, locate_remote
+from mm_moe.data.retrying import Remote
 from mm_moe.data.schema import (
     MULTI_LABEL,
     NO_LABEL,
@@ -26,6 +28,7 @@ from mm_moe.data.schema import (
     label_index,
     nearest_type,
 )
+from mm_moe.data.web import is_http, shown_url
 from mm_moe.errors import ConfigError, DataError
 
 FOLDER = "__folder__"  # column that we add: the folder that relative image paths start from
@@ -37,7 +40,9 @@ class ColumnsData(DataSource):
     """Image-text data by column names.
 
     Args:
-        data_dir: a folder, a table file, or the name of a data set on the Hub ("owner/name").
+        data_dir: a folder, a table file, the name of a data set on the Hub ("owner/name"), or the
+            http(s) address of a table or of a folder of tables, whose files `train`, `validation`
+            and `test` then name ("train-{000..011}.parquet").
         image_column: column with images (encoded, or paths relative to the table's folder).
         text_column: column with text.
         label_column: column with the class name or number (a list of names for several classes, a
@@ -56,6 +61,8 @@ class ColumnsData(DataSource):
         revision: revision of a Hub data set.
         name: key of masks; by default "columns/" and the last part of `data_dir`.
         license: who may do what with the data, for the model card.
+        stream_retries: further tries of a request that fails, for addresses.
+        stream_timeout_s: what a request may take, see `mm_moe.data.retrying.Remote`.
 
     Raises:
         ConfigError: options that do not fit together.
@@ -80,8 +87,10 @@ class ColumnsData(DataSource):
         task: str | None = None,
         name: str | None = None,
         license: str = "not stated",
+        stream_retries: int = 8,
+        stream_timeout_s: float = 60.0,
     ) -> None:
-        super().__init__(data_dir)
+        super().__init__(None if is_http(data_dir) else data_dir)
         if data_dir is None:
             raise ConfigError("data set 'columns' needs data_dir: a folder, a file, or a Hub name.")
         named = {IMAGE: image_column, TEXT: text_column}
@@ -107,14 +116,21 @@ class ColumnsData(DataSource):
             )
         self.task = task
         self.license = license
-        self.name = name or f"columns/{Path(data_dir).name}"
+        self.name = name or f"columns/{Path(shown_url(data_dir)).name}"
+        self.remote = Remote(retries=stream_retries, timeout_s=stream_timeout_s)
         self._given_names = None if label_names is None else tuple(label_names)
         wanted = {"train": train, "validation": validation, "test": test}
-        self._located: Located = locate(data_dir, wanted=wanted, config=config, revision=revision)
+        self._located: Located | RemoteTables
+        self._is_image_folder = False
+        if is_http(data_dir):
+            self._located = locate_remote(data_dir, wanted=wanted, remote=self.remote)
+        else:
+            self._located = locate(data_dir, wanted=wanted, config=config, revision=revision)
+            self._is_image_folder = self._located.builder == "imagefolder"
 
     def splits(self) -> tuple[str, ...]:
         """The splits that were found, in our names."""
-        return tuple(self._located.names)
+        return self._located.splits
 
     def stream(self, split: str) -> datasets.IterableDataset:
         """The named columns of a split.
@@ -125,25 +141,23 @@ class ColumnsData(DataSource):
         label = [self.label_column] if self.label_column else []
         identity = [self.id_column] if self.id_column else []
         stream = self._open(split, [*self._columns.values(), *label, *identity])
-        files = self._located.files.get(split)
-        if files and IMAGE in self._columns:
-            folder = _one_folder(files, split=split)
-            stream = stream.map(_add_folder, fn_kwargs={"folder": str(folder)})
+        if self._located.files.get(split) and IMAGE in self._columns:
+            folder = self._located.folder(split)
+            stream = stream.map(_add_folder, fn_kwargs={"folder": folder})
         return stream
 
     def _open(self, split: str, columns: Iterable[str]) -> datasets.IterableDataset:
         self.check_split(split)
         with reading(f"split {split!r} of {self.name!r}"):
-            stream = self._located.reader.as_streaming_dataset(self._located.names[split])
-            stream = undecoded(stream)
-            known = list(stream.features or next(iter(stream.iter(batch_size=1)), {}))
+            known = self._located.columns(split)
         for column in columns:
             if column not in known:
                 shown = ", ".join(known[:MAX_SHOWN]) + (", ..." if len(known) > MAX_SHOWN else "")
                 raise DataError(
                     f"split {split!r} of {self.name!r} has no column {column!r}; it has: {shown}."
                 )
-        return stream.select_columns(list(dict.fromkeys(columns)))
+        with reading(f"split {split!r} of {self.name!r}"):
+            return self._located.stream(split, list(dict.fromkeys(columns)))
 
     @cached_property
     def label_names(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -155,9 +169,8 @@ class ColumnsData(DataSource):
     @cached_property
     def _declared_names(self) -> tuple[str, ...] | None:
         """Names of a ClassLabel feature; its cells hold indices into them."""
-        features = self._open("train", [str(self.label_column)]).features or {}
-        feature = features.get(str(self.label_column))
-        return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        with reading(f"split 'train' of {self.name!r}"):
+            return self._located.class_names("train", str(self.label_column))
 
     def _found_names(self) -> tuple[str, ...]:
         """All class names of the train split: one pass over its label column."""
@@ -196,7 +209,7 @@ class ColumnsData(DataSource):
         sample_id = self._id(row, cells)
         image = cells.get(IMAGE)
         if isinstance(image, str) and FOLDER in row and "://" not in image:
-            cells[IMAGE] = str(Path(row[FOLDER]) / image)
+            cells[IMAGE] = beside(row[FOLDER], image)
         payload = {modality: value for modality, value in cells.items() if value}
         return Sample(sample_id, payload, self._label(row, sample_id))
 
@@ -207,7 +220,7 @@ class ColumnsData(DataSource):
                 raise DataError(f"a row of {self.name!r} has an empty id ({self.id_column!r}).")
             return str(row[self.id_column])
         image = cells.get(IMAGE)
-        if self._located.builder == "imagefolder" and isinstance(image, str):
+        if self._is_image_folder and isinstance(image, str):
             return Path(image).relative_to(self.data_dir.resolve()).as_posix()  # type: ignore[union-attr]
         digest = hashlib.blake2b(digest_size=12)
         label = row.get(self.label_column) if self.label_column else None
@@ -244,8 +257,14 @@ class ColumnsData(DataSource):
         return [int(index in found) for index in range(len(self.label_names))]
 
     def size(self, split: str) -> int | None:
-        """Rows of a split, counted in one pass over local data; None for the Hub."""
+        """Rows of a split, counted in one pass over local data; None where that is too much.
+
+        That is so for the Hub, and for CSV and JSON lines at an address.
+        """
         self.check_split(split)
+        if isinstance(self._located, RemoteTables):
+            with reading(f"data set {self.name!r}"):
+                return self._located.size(split)
         return self._sizes[split] if self._located.is_local else None
 
     @cached_property
@@ -260,6 +279,8 @@ class ColumnsData(DataSource):
 
     def fingerprint(self) -> str:
         """sha256 over the tables' content; images beside them and in folders by name and size."""
+        if isinstance(self._located, RemoteTables):
+            return self._located.fingerprint()
         digest = hashlib.sha256()
         if not self._located.is_local:
             # Resolved files of the Hub carry the commit in their names.
@@ -273,17 +294,6 @@ class ColumnsData(DataSource):
             for file in sorted(path for path in root.rglob("*") if path.is_file()):
                 digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode())
         return digest.hexdigest()
-
-
-def _one_folder(files: list[Path], *, split: str) -> Path:
-    """The folder that relative image paths of a split start from."""
-    folders = sorted({file.parent for file in files})
-    if len(folders) > 1:
-        raise DataError(
-            f"the tables of split {split!r} lie in {len(folders)} folders, so relative image paths "
-            f"have no one start; put them in {folders[0]}."
-        )
-    return folders[0]
 
 
 def _add_folder(row: dict[str, Any], *, folder: str) -> dict[str, str]:
