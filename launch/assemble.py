@@ -35,6 +35,7 @@ from mm_moe.models.processing import processors_for, save_processors
 from mm_moe.models.take_head import take_head
 from mm_moe.moe.parallel import make_expert_parallel
 from mm_moe.training import runtime
+from mm_moe.training.bad_samples import BadSamples
 from mm_moe.training.guard import StepGuard
 from mm_moe.training.preemption import StopSignals
 from mm_moe.training.trainer import MultimodalTrainer
@@ -96,6 +97,8 @@ class Run:
     model: AnyModel
     scorer: Scorer
     trainer: MultimodalTrainer = field(init=False)
+    bad_samples: BadSamples = field(init=False)
+    stream_retries: int = 0  # of training, when it is over
 
     @property
     def train_missing(self) -> MissingProtocol | MissingTable:
@@ -111,9 +114,32 @@ class Run:
         return self.scorer.tables.get(data.train_split, protocol)
 
     def train_collator(self) -> Collator:
-        """The collator of the training split."""
+        """The collator of the training split; bad samples are counted over the ranks elsewhere."""
         interactions = training_interactions(self.settings.data)
-        return self.scorer.collator(self.train_missing, interactions=interactions)
+        collator = self.scorer.collator(self.train_missing, interactions=interactions)
+        collator.max_bad_samples = None
+        return collator
+
+    def watch_bad_samples(self) -> BadSamples:
+        """Writes down, counts and limits the undecodable samples of the training split."""
+        data = self.settings.data
+        return BadSamples(
+            self.trainer.folder,
+            found=self.trainer.data_collator.bad,
+            max_samples=data.max_bad_samples,
+            max_share=data.max_bad_share,
+            size=self.source.size(data.train_split),
+            samples_seen=lambda: self.trainer.samples_seen,
+        )
+
+    def num_retries(self) -> int:
+        """Requests that were repeated, over all ranks. A collective."""
+        remote = self.source.remote
+        return sum(runtime.gather_objects(0 if remote is None else remote.num_retries))
+
+    def data_figures(self) -> dict[str, float]:
+        """What a log says of a data set at addresses. A collective."""
+        return {} if self.source.remote is None else {"data/retries": float(self.num_retries())}
 
     def train_stream(self, start: int) -> IterableDataset:
         """The endless training stream of this rank, from a global sample position."""
@@ -239,8 +265,11 @@ def prepare_run(
             signals=signals,
             folder=Path(str(settings.training.output_dir)),
         ),
+        data_figures=run.data_figures,
         callbacks=callbacks,
     )
+    run.bad_samples = run.watch_bad_samples()
+    run.trainer.add_callback(run.bad_samples)
     return run
 
 

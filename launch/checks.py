@@ -314,6 +314,7 @@ def in_range(values: argparse.Namespace) -> None:
         "ep_size": 0,
         "shuffle_buffer": 0,
         "max_bad_samples": 0,
+        "max_bad_share": 0,
         "learning_rate": 0,
         "max_grad_norm": 0,
     }

@@ -23,6 +23,7 @@ from launch.manifest import (
     source_state,
     without_flags,
     without_secrets,
+    without_url_secrets,
     write_manifest,
 )
 from launch.scoring import train_prior
@@ -30,6 +31,7 @@ from launch.tables import describe_tables, mask_keys
 from launch.zero_shot import has_pairs, scored_split, write_rows
 from mm_moe.checkpoint import store
 from mm_moe.data.table import MissingTable
+from mm_moe.data.web import is_http, shown_url
 from mm_moe.models.composed_configuration import ComposedConfig
 from mm_moe.training import runtime, slurm
 
@@ -47,7 +49,8 @@ def arguments_of(run: Run) -> dict[str, Any]:
         settings.objective,
     ):
         merged.update(dataclasses.asdict(part))
-    return {key: value for key, value in merged.items() if key not in SECRET_FLAGS}
+    kept = {key: value for key, value in merged.items() if key not in SECRET_FLAGS}
+    return {key: shown_url(value) if is_http(value) else value for key, value in kept.items()}
 
 
 def resume_command(
@@ -60,6 +63,7 @@ def resume_command(
         words = ["--deepspeed", "ds_configs/zero2.json", *words]
     world = settings.training.world_size
     alone = ["deepspeed"] if world == 1 else ["deepspeed", "--num_accelerators", str(world)]
+    words = list(map(without_url_secrets, words))
     words += ["--output_dir", str(folder), "--resume_from_checkpoint", word]
     return shlex.join([*(slurm.launcher() or alone), "launch/train.py", *words])
 
@@ -125,6 +129,7 @@ def run_record(run: Run, folder: Path, argv: list[str]) -> dict[str, Any]:
         "ep_size": run.settings.moe.ep_size,
         "commands": next_commands(run, folder, argv),
         "bad_samples": run.scorer.bad_ids,
+        "stream_retries": run.stream_retries,
     }
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from launch.cli import ROOT
+from mm_moe.data.web import is_http, shown_url
 from mm_moe.errors import CheckpointError
 
 RUN_FILE = "run.json"
@@ -116,7 +117,14 @@ def without_flags(argv: list[str], flags: tuple[str, ...]) -> list[str]:
 def without_secrets(argv: list[str]) -> list[str]:
     """A command line without the flags that hold a secret, and without what looks like a token."""
     kept = without_flags(argv, SECRET_FLAGS)
-    return [word for word in kept if not word.split("=")[-1].startswith("hf_")]
+    shown = [word for word in kept if not word.split("=")[-1].startswith("hf_")]
+    return list(map(without_url_secrets, shown))
+
+
+def without_url_secrets(word: str) -> str:
+    """A word of a command line; of an address, only what `shown_url` shows."""
+    flag, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{sign}{shown_url(value)}" if is_http(value) else word
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -124,7 +124,8 @@ def train_one(
     resume = str(start.resume) if start and start.resume else None
     run.trainer.train(resume_from_checkpoint=resume)
     signals.check(where=f"{title} at step {run.trainer.state.global_step}")
-    run.scorer.note_bad(run.trainer.data_collator)
+    run.scorer.add_bad(run.bad_samples.known)
+    run.stream_retries = run.num_retries()
     return run
 
 

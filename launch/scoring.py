@@ -98,7 +98,11 @@ class Scorer:
     def note_bad(self, collator: Collator) -> None:
         """Remember the ids that did not decode on any rank. A collective."""
         for ids in runtime.gather_objects(sorted(collator.bad_ids)):
-            self.bad_ids += [sample for sample in ids if sample not in self.bad_ids]
+            self.add_bad(ids)
+
+    def add_bad(self, ids: Iterable[str]) -> None:
+        """Remember ids, the same on every rank."""
+        self.bad_ids += [sample for sample in ids if sample not in self.bad_ids]
 
     def score(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,8 @@ from mm_moe.data.schema import MULTI_LABEL, NO_LABEL, SINGLE_LABEL, check_label,
 from mm_moe.errors import ConfigError, DataError
 
 # B samples, M modalities, N present rows of one modality, C classes
+
+BAD = "bad"  # key of a worker's batch: id -> reason
 
 logger = logging.getLogger("mm_moe.data")
 Processor = Callable[[list[Any]], dict[str, Tensor]]
@@ -52,13 +54,15 @@ class Collator:
         num_labels: number of classes.
         missing: imposed missingness, or None. It never takes the last modality that a row has.
         vectors: modalities that are feature sequences, whatever their names: not to be decoded.
-        max_bad_samples: how many samples with an undecodable image are borne before the run stops.
+        max_bad_samples: how many samples with an undecodable image are borne before an error; None:
+            somebody else counts.
         interactions: gives the key "interaction" of training batches, or None.
         remote: how images at addresses are read.
 
     Attributes:
-        bad_ids: the ids of such samples that *this process* met, in order. With loader workers each
-            has its own; `num_bad` counts over all of them.
+        bad: id -> reason, of such samples that *this process* met or was told of, in order. In a
+            loader worker the batch carries them home (key `BAD`), see `loading.SampleLoader`;
+            `num_bad` counts over all processes.
 
     Raises:
         ConfigError: a modality has no processor.
@@ -73,7 +77,7 @@ class Collator:
         num_labels: int,
         missing: Missing | None = None,
         vectors: Collection[str] = (),
-        max_bad_samples: int = 100,
+        max_bad_samples: int | None = 100,
         interactions: Interactions | None = None,
         remote: Remote | None = None,
     ) -> None:
@@ -86,7 +90,8 @@ class Collator:
         self.interactions = interactions
         self.remote = remote or Remote()
         self.vectors = frozenset(vectors)
-        self.bad_ids: list[str] = []
+        self.bad: dict[str, str] = {}
+        self._fresh: dict[str, str] = {}
         # One flag per hashed id in shared memory: loader workers set it without a lock and without
         # counting twice. With 2**20 places, 100 ids collide with a chance of 0.5%.
         self._flags = torch.zeros(2**20, dtype=torch.uint8).share_memory_()
@@ -95,6 +100,15 @@ class Collator:
     def num_bad(self) -> int:
         """Distinct samples with an undecodable image, over this process and its loader workers."""
         return int(self._flags.sum(dtype=torch.int64))
+
+    @property
+    def bad_ids(self) -> list[str]:
+        """The ids of `bad`."""
+        return list(self.bad)
+
+    def remember(self, found: Mapping[str, str]) -> None:
+        """Take over what a loader worker met."""
+        self.bad |= {name: why for name, why in found.items() if name not in self.bad}
 
     def __call__(self, samples: list[Sample]) -> Batch:
         """Pack samples; an empty list gives a batch of zero rows.
@@ -118,7 +132,11 @@ class Collator:
                 inputs[name] = self.processors[name](rows)
         labels = self._labels(samples, present_BM.any(-1))
         interaction = None if self.interactions is None else self.interactions(ids)
-        return Batch.of(ids, present_BM, inputs, labels, interaction)
+        batch = Batch.of(ids, present_BM, inputs, labels, interaction)
+        if self._fresh and torch.utils.data.get_worker_info() is not None:
+            batch[BAD] = self._fresh
+        self._fresh = {}
+        return batch
 
     def _decode(self, modality: str, sample: Sample) -> Any:
         """The value for the processor, or None for an image that does not decode."""
@@ -137,11 +155,11 @@ class Collator:
         if self._flags[place]:
             return
         self._flags[place] = 1
-        self.bad_ids.append(sample_id)
+        self.bad[sample_id] = self._fresh[sample_id] = reason
         logger.warning(
             "image of sample %r does not decode (%s); taken as missing", sample_id, reason
         )
-        if self.num_bad > self.max_bad_samples:
+        if self.max_bad_samples is not None and self.num_bad > self.max_bad_samples:
             raise DataError(
                 f"{self.num_bad} samples have an image that does not decode, over the limit of "
                 f"max_bad_samples ({self.max_bad_samples}); the last one is {sample_id!r}. "

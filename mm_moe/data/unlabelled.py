@@ -23,7 +23,7 @@ class Unlabelled(DataSource):
 
     def __init__(self, source: DataSource) -> None:
         super().__init__(None)
-        self.data_dir, self.source = source.data_dir, source
+        self.data_dir, self.source, self.remote = source.data_dir, source, source.remote
         self.name, self.modalities, self.license = source.name, source.modalities, source.license
         self.label_names, self.problem_type, self.task = (), NO_LABEL, None
         self.sequences, self.array_shapes = source.sequences, source.array_shapes

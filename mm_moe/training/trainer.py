@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from mm_moe.batch import Batch
+from mm_moe.data.loading import SampleLoader, worker_death
 from mm_moe.errors import DataError
 from mm_moe.models.shards import SHARD_SIZE
 from mm_moe.moe.layer import RoutingRecord
@@ -39,6 +40,7 @@ class MultimodalTrainer(Trainer):
         scores: the validation scores that `eval_strategy` asks for; called on every rank.
         guard: decides which optimizer steps are taken.
         max_shard_size: the largest file of weights in a model that is saved by itself.
+        data_figures: what a log says of the data's streaming; called on every rank.
         **kwargs: what `transformers.Trainer` takes.
     """
 
@@ -55,14 +57,15 @@ class MultimodalTrainer(Trainer):
         scores: Callable[[], dict[str, float]] = dict,
         guard: StepGuard | None = None,
         max_shard_size: str = SHARD_SIZE,
+        data_figures: Callable[[], dict[str, float]] = dict,
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = objective
         self.make_stream = make_stream
         self.learning_rate_scale = learning_rate_scale
         self.save_extra = save_extra
-        self.scores = scores
         self.max_shard_size = max_shard_size
+        self.scores, self.data_figures = scores, data_figures
         self.meter = Meter()
         self.guard = guard or StepGuard()
         self._resume_dir: Path | None = None
@@ -82,7 +85,10 @@ class MultimodalTrainer(Trainer):
         """Train; `resume_from_checkpoint` is a checkpoint folder that `store.verify` accepts."""
         self._resume_dir = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
         self.args.ignore_data_skip = True  # the stream itself starts at the right sample
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except RuntimeError as error:
+            raise worker_death(error, num_workers=self.args.dataloader_num_workers) from None
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this rank, from where the resumed run stopped."""
@@ -92,7 +98,7 @@ class MultimodalTrainer(Trainer):
             consumed, self._steps_before = int(done["samples"]), int(done["step"])
         self._samples_before = consumed
         workers = self.args.dataloader_num_workers
-        return DataLoader(
+        return SampleLoader(
             self.make_stream(consumed),
             batch_size=self.args.per_device_train_batch_size,
             collate_fn=self.data_collator,
@@ -178,7 +184,7 @@ class MultimodalTrainer(Trainer):
         """Add loss parts, expert load and speed to a training log; called on every rank."""
         if "loss" in logs:
             summary = self.meter.summary(self.throughput.take())
-            logs = {**logs, **self.guard.summary(logs["loss"]), **summary}
+            logs = {**logs, **self.guard.summary(logs["loss"]), **summary, **self.data_figures()}
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):

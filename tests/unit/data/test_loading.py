@@ -1,0 +1,79 @@
+"""What comes home from loader workers: bad samples, errors in one line, deaths."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from toy import Numbers
+
+from mm_moe.batch import Sample
+from mm_moe.data.collate import BAD, Collator
+from mm_moe.data.loading import SampleLoader
+from mm_moe.data.retrying import GoneError
+from mm_moe.data.streaming import SampleStream
+
+
+class BadNumbers(Numbers):
+    """Rows whose picture is nowhere, of which some are worse."""
+
+    modalities = ("image", "text")
+    then = staticmethod(lambda number: None)  # what happens when a worker meets a number
+
+    def to_sample(self, row):
+        self.then(row["number"])
+        image = {"image": Path("/nowhere") / row["id"]} if row["number"] % 3 == 0 else {}
+        return Sample(row["id"], {"text": "x", **image}, 0)
+
+
+def loader(tmp_path, *, workers, rows=12, epochs=2):
+    collate = Collator(
+        modalities=("image", "text"),
+        processors={
+            name: lambda found: {"n": torch.ones(len(found))} for name in ("image", "text")
+        },
+        problem_type="none",
+        num_labels=0,
+    )
+    source = BadNumbers.write(tmp_path, rows=rows)
+    stream = SampleStream(source, split="train", batch_size=2, epochs=epochs)
+    return SampleLoader(stream, batch_size=2, num_workers=workers, collate_fn=collate)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_ids_come_home_with_the_batch_that_met_them(tmp_path, workers):
+    found = loader(tmp_path, workers=workers)
+    known = []
+    for batch in found:
+        assert BAD not in batch
+        known.append(list(found.collate_fn.bad))
+    # batches of two: 0 in the first, 3 in the second, 6 in the fourth, 9 in the fifth; then again
+    first = [["0"], ["0", "3"], ["0", "3"], ["0", "3", "6"]] + [["0", "3", "6", "9"]] * 8
+    assert known == first
+    assert set(found.collate_fn.bad.values()) == {"FileNotFoundError"}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_is_one_line_wherever_it_was_raised(tmp_path, monkeypatch, workers):
+    def fail(number):
+        if number == 5:
+            raise GoneError("http://host/x cannot be read: status 404.")
+
+    monkeypatch.setattr(BadNumbers, "then", staticmethod(fail))
+    with pytest.raises(GoneError) as told:
+        list(loader(tmp_path, workers=workers))
+    assert str(told.value) == "http://host/x cannot be read: status 404."
+
+
+@pytest.mark.faults
+def test_a_worker_that_is_killed_is_told_in_one_line(tmp_path, monkeypatch):
+    def die(number):
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(BadNumbers, "then", staticmethod(die))
+    with pytest.raises(Exception, match=r"a process that loads data died \(DataLoader") as told:
+        list(loader(tmp_path, workers=1))
+    assert "\n" not in str(told.value)
+    assert "--dataloader_num_workers" in str(told.value)
