@@ -140,6 +140,43 @@ def test_resume_continues_the_line_at_any_world_size(
     assert together == expected
 
 
+def over_ranks(source, *, world_size, take, **options):
+    """The ids that all ranks together take in `take` steps, in the global order."""
+    ranks = [
+        batches(source, rank=rank, world_size=world_size, take=take, **options)
+        for rank in range(world_size)
+    ]
+    return [row for step in zip(*ranks, strict=True) for part in step for row in part]
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 4, 50])  # none, small, larger than the data
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_epoch_has_every_sample_once(tmp_path, workers, world_size, shuffle_buffer):
+    # 13 rows, batches of 3 a rank: neither divides the other; 13 steps are 3 epochs for each rank
+    source = Numbers.write(tmp_path, rows=13, shards=3)
+    options = {"batch_size": 3, "workers": workers, "shuffle_buffer": shuffle_buffer, "seed": 2}
+    together = over_ranks(source, world_size=world_size, take=13, **options)
+    epochs = [together[start : start + 13] for start in range(0, len(together), 13)]
+    assert len(epochs) == 3 * world_size
+    assert all(set(epoch) == set(range(13)) for epoch in epochs)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "workers"), [(1, 1, 2), (2, 2, 0), (2, 4, 0), (4, 1, 2)]
+)
+def test_forty_batches_then_a_resume_then_eight(tmp_path, before, after, workers):
+    source = Numbers.write(tmp_path, rows=130, shards=3)
+    options = {"shuffle_buffer": 20, "seed": 4}
+    # global batches of 12 however many ranks: 480 samples are three epochs and 90 rows
+    first = over_ranks(source, world_size=before, take=40, batch_size=12 // before, **options)
+    assert len(first) == 480
+    more = {"batch_size": 12 // after, "workers": workers, "start": 480, **options}
+    then = over_ranks(source, world_size=after, take=8, **more)
+    assert first + then == line(source, 576, **options)
+    assert set(first[390:] + then[:40]) == set(range(130))  # the epoch that was cut in two
+
+
 def test_finite_epochs_and_number_of_batches(ten):
     def stream(**options):
         return SampleStream(ten, split="train", **options)
