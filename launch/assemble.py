@@ -132,6 +132,11 @@ class Run:
             samples_seen=lambda: self.trainer.samples_seen,
         )
 
+    def note_data(self) -> None:
+        """Keep what training met in its data, for `run.json`. A collective."""
+        self.scorer.add_bad(self.bad_samples.known)
+        self.stream_retries = self.num_retries()
+
     def num_retries(self) -> int:
         """Requests that were repeated, over all ranks. A collective."""
         remote = self.source.remote

@@ -124,8 +124,7 @@ def train_one(
     resume = str(start.resume) if start and start.resume else None
     run.trainer.train(resume_from_checkpoint=resume)
     signals.check(where=f"{title} at step {run.trainer.state.global_step}")
-    run.scorer.add_bad(run.bad_samples.known)
-    run.stream_retries = run.num_retries()
+    run.note_data()
     return run
 
 

@@ -10,9 +10,10 @@ from toy import Numbers
 
 from mm_moe.batch import Sample
 from mm_moe.data.collate import BAD, Collator
-from mm_moe.data.loading import SampleLoader
+from mm_moe.data.loading import SampleLoader, worker_death
 from mm_moe.data.retrying import GoneError
 from mm_moe.data.streaming import SampleStream
+from mm_moe.errors import DataError
 
 
 class BadNumbers(Numbers):
@@ -73,7 +74,10 @@ def test_a_worker_that_is_killed_is_told_in_one_line(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(BadNumbers, "then", staticmethod(die))
-    with pytest.raises(Exception, match=r"a process that loads data died \(DataLoader") as told:
-        list(loader(tmp_path, workers=1))
+    with pytest.raises(DataError, match=r"a process that loads data died \(DataLoader") as told:
+        try:
+            list(loader(tmp_path, workers=1))
+        except RuntimeError as error:  # as the trainer: torch's handler may raise once more
+            raise worker_death(error, num_workers=1) from None
     assert "\n" not in str(told.value)
     assert "--dataloader_num_workers" in str(told.value)
