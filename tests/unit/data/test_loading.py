@@ -67,6 +67,13 @@ def test_an_error_is_one_line_wherever_it_was_raised(tmp_path, monkeypatch, work
     assert str(told.value) == "http://host/x cannot be read: status 404."
 
 
+def read_as_the_trainer(found):
+    try:
+        list(found)
+    except RuntimeError as error:  # torch's handler may raise while its first error is told
+        raise worker_death(error, num_workers=found.num_workers) from None
+
+
 @pytest.mark.faults
 def test_a_worker_that_is_killed_is_told_in_one_line(tmp_path, monkeypatch):
     def die(number):
@@ -75,9 +82,6 @@ def test_a_worker_that_is_killed_is_told_in_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(BadNumbers, "then", staticmethod(die))
     with pytest.raises(DataError, match=r"a process that loads data died \(DataLoader") as told:
-        try:
-            list(loader(tmp_path, workers=1))
-        except RuntimeError as error:  # as the trainer: torch's handler may raise once more
-            raise worker_death(error, num_workers=1) from None
+        read_as_the_trainer(loader(tmp_path, workers=1))
     assert "\n" not in str(told.value)
     assert "--dataloader_num_workers" in str(told.value)
