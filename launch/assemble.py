@@ -38,6 +38,7 @@ from mm_moe.training import runtime
 from mm_moe.training.bad_samples import BadSamples
 from mm_moe.training.guard import StepGuard
 from mm_moe.training.preemption import StopSignals
+from mm_moe.training.saving import Saver
 from mm_moe.training.trainer import MultimodalTrainer
 
 INITIAL_BATCH = 32  # samples that are embedded at once to start a prompt
@@ -271,6 +272,12 @@ def prepare_run(
             folder=Path(str(settings.training.output_dir)),
         ),
         data_figures=run.data_figures,
+        saver=Saver(
+            Path(str(settings.training.output_dir)),
+            keep=settings.training.save_total_limit,
+            background=settings.run.async_save,
+            on_failure=settings.run.on_save_failure,
+        ),
         callbacks=callbacks,
     )
     run.bad_samples = run.watch_bad_samples()
@@ -279,8 +286,11 @@ def prepare_run(
 
 
 def for_comparison(settings: Settings, folder: Path) -> Settings:
-    """Settings that train a comparison in the same way, without checkpoints, in its own folder."""
+    """Settings that train a comparison in the same way, in its own folder.
+
+    One checkpoint is enough to go on where the program died.
+    """
     training = copy.copy(settings.training)
     training.output_dir = str(folder)
-    training.save_strategy = "no"
+    training.save_total_limit = 1
     return dataclasses.replace(settings, training=training)

@@ -53,7 +53,7 @@ def check_run(argv: list[str], known: dict[str, dict[str, Any]]) -> dict[str, An
 
     values = RecipeParser().namespace(argv)
     plain = copy.deepcopy(vars(values))
-    source, _ = run.check(values, argv)
+    source = run.check(values, argv)
     plain["deepspeed"] = values.deepspeed  # its content, not its path
     del plain["hub_token"]
     key = json.dumps([plain[name] for name in DATA_FLAGS])

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +179,17 @@ def _read_labels(source: DataSource, split: str) -> None:
             pass
 
 
-def resume_point(values: argparse.Namespace) -> Path | None:
+def resume_point(
+    values: argparse.Namespace, *, tell: Callable[[str], None] = lambda line: None
+) -> Path | None:
     """The checkpoint to resume, found and verified; sets `output_dir` from it where not given.
 
     "auto" starts anew where the run has no checkpoint yet, so that one command line serves a job's
     first start and every later one. Checkpoints that are all damaged are not taken for none.
+
+    Args:
+        values: the flags.
+        tell: is given a line for every damaged checkpoint that is passed over.
 
     Raises:
         CheckpointError: nothing good to resume from.
@@ -198,7 +205,7 @@ def resume_point(values: argparse.Namespace) -> Path | None:
         folder = Path(values.output_dir)
         if wanted.lower() == AUTO and not store.checkpoints(folder):
             return None
-        return store.find(folder, "latest")
+        return store.find(folder, "latest", tell=tell)
     if not values.output_dir:
         values.output_dir = str(Path(wanted).resolve().parent)
     return store.find(Path(values.output_dir), wanted)

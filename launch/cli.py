@@ -225,6 +225,11 @@ def quiet() -> None:
     logging.getLogger("mm_moe").setLevel(logging.INFO)
 
 
+def tell(line: str) -> None:
+    """Say what a user should know and the program gets along with."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
 def run_program(main: Callable[[list[str]], int]) -> None:
     """Run a program's `main`; an expected failure prints one line and exits with its own status."""
     quiet()

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from eval.card import card_of_run
 from launch.check_hub import token_for_export
-from launch.cli import ProgramParser, run_program
+from launch.cli import ProgramParser, run_program, tell
 from launch.pushing import result_line
 from mm_moe.checkpoint import hub, store
 from mm_moe.checkpoint.hub import PUSHED, HubTarget
 from mm_moe.checkpoint.hub_queue import PushRecord
-from mm_moe.checkpoint.hub_stage import RANDOM_STATES, RESUME_ONLY, stage
+from mm_moe.checkpoint.hub_stage import RESUME_ONLY, stage
 from mm_moe.errors import CheckpointError, ConfigError
 from mm_moe.models.folder import load_model
 from mm_moe.models.mismatch import check_folder
@@ -36,7 +36,8 @@ def model_folder(run: Path, checkpoint: str | None) -> Path:
         CheckpointError: there is none, or it is damaged.
     """
     if checkpoint:
-        return store.find(run, str(run / checkpoint) if checkpoint != "latest" else checkpoint)
+        wanted = checkpoint if checkpoint == "latest" else str(run / checkpoint)
+        return store.find(run, wanted, tell=tell)
     final = run / "final"
     if not has_weights(final):
         raise CheckpointError(
@@ -68,7 +69,7 @@ def write_folder(
     if link:
         stage(source, output, leave_out=leave_out)
     else:
-        unwanted = [*RESUME_ONLY, RANDOM_STATES, *filter(None, [leave_out])]
+        unwanted = [*RESUME_ONLY, *filter(None, [leave_out])]
         ignore = shutil.ignore_patterns(*unwanted)
         shutil.copytree(source, output, ignore=ignore, dirs_exist_ok=True)
     if merge:

@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
     from mm_moe.training.exchange import GPUS, Links
 
     with as_if_launched(world_size=options.world_size, gpus_per_node=options.gpus_per_node):
-        source, _ = check(values, words)
+        source = check(values, words)
     deepspeed = values.deepspeed
     planned = copy.copy(values)
     # nothing of the trainer's own start: no engine, no device, no folder

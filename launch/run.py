@@ -27,6 +27,7 @@ from launch import (
 )
 from launch.assemble import Run, for_comparison, prepare_run
 from launch.check_reports import wanted_trackers
+from launch.check_resume import resume_comparison, settle_resume
 from launch.cli import RecipeParser, Settings
 from launch.finish import finish_run, how_to_go_on, without_secrets
 from launch.pushing import Pushing
@@ -78,6 +79,7 @@ def train_one(
     title: str,
     signals: StopSignals,
     start: Start | None = None,
+    resume: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
     """Train one model and return it, still spread over the ranks.
@@ -89,8 +91,8 @@ def train_one(
         title: what the progress line calls it.
         signals: those of this process.
         start: of the run: what it goes on from and whom it reports to; compared and written down
-            before anything is trained. None for a comparison: it reports to nobody, and what a
-            signal stops of it is trained anew.
+            before anything is trained. None for a comparison, which reports to nobody.
+        resume: the verified checkpoint that a comparison goes on from.
         callbacks: further ones.
 
     Raises:
@@ -110,19 +112,22 @@ def train_one(
             MetricsFile(folder),  # behind the trackers: it says what they have
             Progress(title),
             *callbacks,
-            StopOnSignal(signals, save=start is not None),
+            # without checkpoints of the run, a comparison's could not be come back to
+            StopOnSignal(signals, save=start is not None or training.save_strategy != "no"),
         ],
         signals=signals,
     )
     if start is not None:
         start.check(run)
+        resume = start.resume
+    elif resume is not None:
+        checks.check_same_model(resume, run.model.config.to_dict())
     for kind in (PrinterCallback, ProgressCallback):
         run.trainer.remove_callback(kind)
     if runtime.is_main():
         begin(run, title, start)
     signals.check(where=f"{title} was not begun")
-    resume = str(start.resume) if start and start.resume else None
-    run.trainer.train(resume_from_checkpoint=resume)
+    run.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     signals.check(where=f"{title} at step {run.trainer.state.global_step}")
     run.note_data()
     return run
@@ -150,11 +155,13 @@ def describe(run: Run, title: str) -> None:
     )
 
 
-def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path | None]:
+def check(values: argparse.Namespace, argv: list[str]) -> DataSource:
     """Refuse what cannot work before anything is written, and fill in the rest.
 
+    What the run's folder holds is looked at by `settle_resume`, where a checkpoint is wanted.
+
     Returns:
-        The data set and the verified checkpoint to resume from, if any.
+        The data set.
     """
     model_flags.settle_model(values, argv)
     interaction_experts.settle_interaction_experts(values, argv)
@@ -176,11 +183,11 @@ def check(values: argparse.Namespace, argv: list[str]) -> tuple[DataSource, Path
     source = view_of(source, vars(values))
     ep_size = interaction_experts.interaction_layout(values, source, ep_size=ep_size)
     members.check_members(values, source)
-    resume = checks.resume_point(values)
-    checks.check_output(values, resume=resume)
+    if not values.resume_from_checkpoint:
+        checks.check_output(values, resume=None)
     settle_tables(values, checks.typed_flags(argv), source)
     settle(values, ep_size, source)
-    return source, resume
+    return source
 
 
 def execute(
@@ -205,10 +212,13 @@ def execute(
         StoppedError: a signal asked for it; the text ends with the command that goes on.
     """
     start = Start.of(values, argv, recipe=recipe)
-    source, start.resume = check(values, argv)
+    source = check(values, argv)
+    alone = runtime.world_size() == 1  # one process refuses before it starts up
+    start.resume = settle_resume(values) if alone else None
     target, argv = check_hub.hub_target(values), without_secrets(argv)
     with StopSignals() as signals:
         runtime.start()
+        start.resume = start.resume if alone else settle_resume(values)
         if target:
             check_hub.refuse_wrong_token(target)
         values.output_dir = runtime.agree(values.output_dir or default_output(values.config))
@@ -262,6 +272,7 @@ def train_and_finish(
             prompt=name,
             title=f"comparison: {name}",
             signals=signals,
+            resume=resume_comparison(folder / f"compare-{name}") if start.resume else None,
         )
         for name in settings.run.compare_with
         if settings.run.final_evaluation  # comparisons live in the final table only

@@ -56,3 +56,15 @@ class RunArguments:
     max_shard_size: str = field(
         default="5GB", metadata={"help": "Largest file of weights in final/: 5GB, 500MB."}
     )
+    async_save: bool = field(
+        default=False,
+        metadata={"help": "Let training go on while a checkpoint is written; costs a copy of it."},
+    )
+    on_save_failure: str = field(
+        default="warn",
+        metadata={
+            "choices": ["warn", "stop"],
+            "help": "When a checkpoint cannot be written: warn (go on, and stop after three in a "
+            "row) or stop.",
+        },
+    )

@@ -14,9 +14,9 @@ RESUME_ONLY = (
     store.SCHEDULER,
     store.TRAINER_STATE,
     store.MANIFEST,
-    "progress.json",
+    store.PROGRESS,
+    store.RANKS,
 )
-RANDOM_STATES = "random-*.pt"
 
 
 def stage(source: Path, target: Path, *, with_state: bool = False, leave_out: str = "") -> None:
@@ -34,7 +34,7 @@ def stage(source: Path, target: Path, *, with_state: bool = False, leave_out: st
     Raises:
         OSError: the source went away, or the disk is full.
     """
-    unwanted = [] if with_state else [*RESUME_ONLY, RANDOM_STATES]
+    unwanted = [] if with_state else RESUME_ONLY
     shutil.rmtree(target, ignore_errors=True)
     try:
         shutil.copytree(

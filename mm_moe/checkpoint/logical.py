@@ -6,7 +6,7 @@ checkpoint written at one expert-parallel size is read at any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,32 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"  # the float32 copy that ZeRO keeps of every trainable parameter
 
 
-def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with global expert stacks, on the CPU. A collective: call it on every rank."""
-    tensors = logical_tensors(model, model_state(model))
-    return {entry.name: entry.gather(entry.parts).cpu().contiguous() for entry in tensors}
+def full_weights(model: nn.Module, *, keep: bool = True, apart: bool = False) -> dict[str, Tensor]:
+    """The state dict with global expert stacks, on the CPU. A collective: call it on every rank.
+
+    Args:
+        model: whole, or spread over the ranks.
+        keep: return the tensors; a rank that only takes part gets an empty dict, and never holds
+            more than one gathered tensor.
+        apart: in memory of their own, which training does not touch.
+    """
+    tensors: dict[str, Tensor] = {}
+    for entry in logical_tensors(model, model_state(model)):
+        whole = entry.gather(entry.parts)
+        if keep:
+            tensors[entry.name] = _on_cpu(whole, entry.parts, apart=apart)
+    return tensors
+
+
+def _on_cpu(
+    whole: Tensor, live: Sequence[Tensor], *, apart: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A gathered tensor on the CPU; with `apart` a copy, unless it is one already."""
+    found = whole.detach().to("cpu", dtype or whole.dtype).contiguous()
+    memory = found.untyped_storage().data_ptr()
+    if apart and any(memory == part.untyped_storage().data_ptr() for part in live):
+        return found.clone()
+    return found
 
 
 def load_weights(
@@ -98,13 +120,17 @@ def _write_state(engine: Any, parameter: Any, key: str, value: Tensor, step: int
         state["step"] = torch.tensor(float(step))
 
 
-def optimizer_tensors(engine: Any) -> tuple[dict[str, Tensor], int]:
+def optimizer_tensors(
+    engine: Any, *, keep: bool = True, apart: bool = False
+) -> tuple[dict[str, Tensor], int]:
     """Adam moments and float32 masters by logical name, and the optimizer's step count.
 
     A collective over all ranks; every rank gets the full result.
 
     Args:
         engine: a DeepSpeed engine at ZeRO stage 0, 1 or 2 with a torch Adam-type optimizer.
+        keep: return the tensors; a rank that only takes part gets an empty dict.
+        apart: in memory of their own, which training does not touch.
     """
     base = engine.optimizer
     if _is_sharded(engine):
@@ -116,8 +142,13 @@ def optimizer_tensors(engine: Any) -> tuple[dict[str, Tensor], int]:
     tensors: dict[str, Tensor] = {}
     for entry in trainable_tensors(engine.module):
         for key in (*MOMENTS, MASTER):
-            value = entry.gather([_read_state(engine, part, key) for part in entry.parts])
-            tensors[f"{key}/{entry.name}"] = value.detach().to("cpu", torch.float32).contiguous()
+            held = [_read_state(engine, part, key) for part in entry.parts]
+            whole = entry.gather(held)
+            if keep:
+                live = () if _is_sharded(engine) else held  # ZeRO puts them together in new memory
+                tensors[f"{key}/{entry.name}"] = _on_cpu(
+                    whole, live, apart=apart, dtype=torch.float32
+                )
     step = max((int(entry["step"]) for entry in base.state.values() if "step" in entry), default=0)
     return tensors, step
 

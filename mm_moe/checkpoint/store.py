@@ -1,8 +1,13 @@
 """Checkpoints on disk: written aside, summed, published by rename, checked before they are read.
 
 A checkpoint folder is a Hugging Face model folder (config, safetensors, processor) with the state
-to resume beside it: `optimizer.safetensors`, `scheduler.json`, `trainer_state.json`,
-`random-RANK.pt`, and `manifest.json`, which lists every other file with its size and SHA-256.
+to resume beside it: `optimizer.safetensors`, `scheduler.json`, `trainer_state.json`, `ranks.pt`,
+and `manifest.json`, which lists every other file with its size and SHA-256. The file `latest` of a
+run names its newest checkpoint; it is written last.
+
+Whatever moment a process dies at, the run's folder holds a whole checkpoint: what is being written
+is in `.saving-NAME`, what is being replaced in `.old-NAME`, what is being deleted in `.gone-NAME`.
+`sweep` tidies up after it.
 """
 
 from __future__ import annotations
@@ -21,40 +26,115 @@ from torch import Tensor
 from mm_moe.errors import CheckpointError
 from mm_moe.models.shards import WEIGHTS, has_weights, tensor_places
 
+FORMAT = 2  # 1 had a file of random states for each rank, and none of the sums between two logs
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
 SCHEDULER = "scheduler.json"
 TRAINER_STATE = "trainer_state.json"
+RANKS = "ranks.pt"
+PROGRESS = "progress.json"
+LATEST = "latest"
+SAVING, OLD, GONE = ".saving-", ".old-", ".gone-"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_BLOCK = 4 << 20  # bytes that are summed at once
+_EARLIER = "resume from an earlier checkpoint-N."
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def digest(file: Path) -> str:
+    """The SHA-256 of a file, which is read once."""
+    total, block = hashlib.sha256(), bytearray(_BLOCK)
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(block):
+            total.update(memoryview(block)[:count])
+    return total.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_synced(file: Path, text: str) -> None:
+    """Replace a small file by one that is on the disk; a failure leaves the old one."""
+    aside = file.with_name(f"{file.name}.tmp")
+    try:
+        with aside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, file)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync_folder(file.parent)
 
 
 def write_manifest(folder: Path, step: int) -> None:
-    """List every file of `folder` with size and SHA-256, and flush them to disk."""
+    """List every file of `folder` with size and SHA-256, and bring all of it to the disk."""
     files = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with file.open("rb") as stream:
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            _sync_folder(path)
+            continue
+        with path.open("rb") as stream:
             os.fsync(stream.fileno())
-        relative = file.relative_to(folder).as_posix()
-        files[relative] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
-    (folder / MANIFEST).write_text(
-        json.dumps({"format": 1, "step": step, "files": files}, indent=1)
-    )
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+    record = {"format": FORMAT, "step": step, "files": files}
+    _write_synced(folder / MANIFEST, json.dumps(record, indent=1))
 
 
 def publish(aside: Path, final: Path) -> None:
-    """Rename a complete folder into place; an older folder of that name is replaced."""
+    """Rename a complete folder into place; an older folder of that name makes way at the same time.
+
+    Dying between the two renames leaves the older folder aside; `sweep` puts it back.
+    """
+    old = final.with_name(f"{OLD}{final.name}")
     if final.exists():
-        shutil.rmtree(final)
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
     os.replace(aside, final)
+    _sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def point_to(folder: Path) -> None:
+    """Name a published checkpoint in `latest`: the last thing that a save does."""
+    _write_synced(folder.parent / LATEST, f"{folder.name}\n")
+
+
+def discard(aside: Path) -> None:
+    """Remove what was begun and is not going to be published."""
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(run_dir: Path) -> list[str]:
+    """Tidy up after a process that died while it saved; call it while nobody saves here.
+
+    Returns:
+        The names of the folders that were removed or put back.
+    """
+    found = []
+    for folder in sorted(run_dir.glob(f"{OLD}*")):
+        final = folder.with_name(folder.name.removeprefix(OLD))
+        found.append(folder.name)
+        if final.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            os.replace(folder, final)
+    for prefix in (SAVING, GONE):
+        for folder in sorted(run_dir.glob(f"{prefix}*")):
+            found.append(folder.name)
+            shutil.rmtree(folder, ignore_errors=True)
+    return found
 
 
 def verify(folder: Path) -> int:
-    """Check a checkpoint against its manifest and return its step.
+    """Check a checkpoint against its manifest and return its step. Reads every byte once.
 
     Raises:
         CheckpointError: the folder, its manifest or a file of it is missing, truncated or altered.
@@ -64,27 +144,50 @@ def verify(folder: Path) -> int:
             f"checkpoint {str(folder)!r} does not exist; name a checkpoint-N folder of a run, or "
             "latest."
         )
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        step, files = int(manifest["step"]), dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"checkpoint {str(folder)!r} is incomplete: no readable {MANIFEST}; "
-            "resume from an earlier checkpoint-N."
-        ) from error
-    for name, entry in files.items():
-        file = folder / name
-        if not file.is_file():
+    step, files = _read_manifest(folder)
+    for name, (size, _) in files.items():  # sizes first: they cost nothing
+        if not (folder / name).is_file():
             raise CheckpointError(
-                f"checkpoint {str(folder)!r} is incomplete: {name} is missing; "
-                "resume from an earlier checkpoint-N."
+                f"checkpoint {str(folder)!r} is incomplete: {name} is missing; {_EARLIER}"
             )
-        if file.stat().st_size != entry["bytes"] or _digest(file) != entry["sha256"]:
-            raise CheckpointError(
-                f"checkpoint {str(folder)!r} is damaged: {name} differs from its manifest; "
-                "resume from an earlier checkpoint-N."
-            )
+        if (folder / name).stat().st_size != size:
+            raise _damaged(folder, name)
+    for name, (_, sha256) in files.items():
+        if digest(folder / name) != sha256:
+            raise _damaged(folder, name)
     return step
+
+
+def _read_manifest(folder: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+    """Step, and (bytes, SHA-256) by file name."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        written, step = int(manifest["format"]), int(manifest["step"])
+        files = {
+            str(name): (int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} is incomplete: no readable {MANIFEST}; {_EARLIER}"
+        ) from error
+    if written != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} has format {written}, this release reads {FORMAT}; "
+            "resume it with the release that wrote it, or start from its weights with --pretrained."
+        )
+    named = _NAME.fullmatch(folder.name)
+    if named and int(named[1]) != step:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} is of step {step}; {_EARLIER}"
+        )
+    return step, files
+
+
+def _damaged(folder: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {str(folder)!r} is damaged: {name} differs from its manifest; {_EARLIER}"
+    )
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -93,12 +196,29 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def find(run_dir: Path, wanted: str) -> Path:
+def _read_latest(run_dir: Path) -> tuple[Path | None, str]:
+    """The folder that `latest` names, or None and what is wrong with it."""
+    file = run_dir / LATEST
+    try:
+        name = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        problem = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+        return None, f"{str(file)!r} {problem}"
+    if not name:
+        return None, f"{str(file)!r} is empty"
+    if not _NAME.fullmatch(name):
+        return None, f"{str(file)!r} holds {name[:40]!r}, which is no checkpoint's name"
+    return run_dir / name, ""
+
+
+def find(run_dir: Path, wanted: str, *, tell: Callable[[str], None] = lambda line: None) -> Path:
     """The checkpoint that `--resume_from_checkpoint` means.
 
     Args:
         run_dir: the run's folder.
-        wanted: a checkpoint folder, or "latest"/"true" for the newest good one of the run.
+        wanted: a checkpoint folder, or "latest"/"true" for the newest good one of the run: the one
+            that `latest` names, else the others from the highest step down.
+        tell: is given a line for everything that was found damaged and passed over.
 
     Raises:
         CheckpointError: none is found, or the named one is incomplete or damaged.
@@ -106,24 +226,49 @@ def find(run_dir: Path, wanted: str) -> Path:
     if wanted.lower() not in ("latest", "true"):
         verify(Path(wanted))
         return Path(wanted)
+    order = checkpoints(run_dir)[::-1]
+    named, problem = _read_latest(run_dir)
+    if named is not None:
+        order = [named, *(folder for folder in order if folder != named)]
+    elif order:
+        tell(f"{problem}; the folders of {str(run_dir)!r} are looked through.")
     problems = []
-    for folder in reversed(checkpoints(run_dir)):
+    for folder in order:
         try:
             verify(folder)
         except CheckpointError as error:
             problems.append(str(error))
-        else:
-            return folder
+            continue
+        for line in problems:
+            tell(line.replace(_EARLIER, f"{folder.name} is taken."))
+        return folder
     raise CheckpointError(
         f"{str(run_dir)!r} holds no good checkpoint to resume from. " + " ".join(problems)
     )
 
 
-def prune(run_dir: Path, keep: int | None) -> None:
-    """Delete the oldest checkpoints beyond `keep`; None or 0 keeps all."""
-    if keep:
-        for folder in checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(folder)
+def prune(run_dir: Path, keep: int | None, *, newest: Path | None = None) -> None:
+    """Delete the oldest checkpoints beyond `keep`, once the newest is known to be good.
+
+    Args:
+        run_dir: the run's folder.
+        keep: how many stay; None or 0 keeps all.
+        newest: the one just written, if not that of the highest step; later steps are those of a
+            line that was left by resuming an earlier checkpoint, and stay until they are reached.
+
+    Raises:
+        CheckpointError: the newest is damaged; nothing is deleted.
+    """
+    found = checkpoints(run_dir)
+    if newest is not None:
+        found = found[: found.index(newest) + 1]
+    old = found[:-keep] if keep else []
+    if old:
+        verify(found[-1])
+    for folder in old:
+        gone = folder.with_name(f"{GONE}{folder.name}")  # half a checkpoint is never in sight
+        os.replace(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def reader(file: Path) -> Callable[[str], Tensor]:

@@ -33,8 +33,11 @@ class MetricsFile(TrainerCallback):
         self._here: set[LineName] = set()  # of lines at the step of the resume
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
-        """Truncate behind the step from which the run goes on."""
+        """Truncate behind the step from which the run goes on; a new start leaves nothing."""
         if not state.is_world_process_zero or not self.file.exists():
+            return
+        if not state.global_step:  # even step 0 has a line, that of a score before training
+            self.file.unlink()
             return
         kept = []
         for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -122,6 +125,6 @@ class EpochOfStream(TrainerCallback):
         self.samples_per_step = samples_per_step
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
-        """Derive the epoch from the steps."""
-        if self.samples_per_epoch:
-            state.epoch = state.global_step * self.samples_per_step / self.samples_per_epoch
+        """Derive the epoch from the steps; of data of unknown size, the share of the run."""
+        samples, size = state.global_step * self.samples_per_step, self.samples_per_epoch
+        state.epoch = samples / size if size else state.global_step / max(state.max_steps, 1)

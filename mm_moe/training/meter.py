@@ -6,7 +6,7 @@ E experts of a layer.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -42,7 +42,8 @@ class Meter:
             self._parts[name] += value.detach()
         for layer, record in routing.items():
             tokens_E = record.tokens_E.detach()
-            self._load[layer] = self._load[layer] + tokens_E if layer in self._load else tokens_E
+            before_E = self._load.get(layer)  # of a resumed run: still on the CPU
+            self._load[layer] = tokens_E if before_E is None else before_E.to(tokens_E) + tokens_E
             sums = self._metrics.setdefault(layer, defaultdict(float))
             tokens = record.metrics.get("tokens", 1.0)  # without it each pass counts the same
             for name, value in record.metrics.items():
@@ -77,6 +78,46 @@ class Meter:
         logs |= rates([rank[3] for rank in everyone])
         self.start()
         return logs
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank has added up since the last log, and the load of the whole run."""
+        return {
+            "parts": {name: float(value) for name, value in self._parts.items()},
+            "metrics": {
+                layer: {name: float(value) for name, value in sums.items()}
+                for layer, sums in self._metrics.items()
+            },
+            "load": {layer: tokens_E.cpu().clone() for layer, tokens_E in self._load.items()},
+            "total_load": {name: load_E.clone() for name, load_E in self.total_load.items()},
+            "calls": self._calls,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on adding where another process stopped; the clock starts now."""
+        self.start()
+        self._parts |= state["parts"]
+        self._metrics = {
+            layer: defaultdict(float, sums) for layer, sums in state["metrics"].items()
+        }
+        self._load = dict(state["load"])
+        self.total_load = dict(state["total_load"])
+        self._calls = state["calls"]
+
+    def dealt(
+        self, states: Sequence[dict[str, Any]], *, rank: int, world_size: int
+    ) -> dict[str, Any]:
+        """Rank 0 goes on with all counts of rows; parts are means over ranks."""
+        count, first = len(states), states[0]
+        return first | {
+            "parts": {
+                name: sum(state["parts"][name] for state in states) / count
+                for name in first["parts"]
+            },
+            "load": {
+                layer: sum(state["load"][layer] for state in states) * int(rank == 0)
+                for layer in first["load"]
+            },
+        }
 
     def _of_layer(self, layer: str, tokens_E: Tensor) -> dict[str, float]:
         """What the log says of one layer. The metrics are over all ranks already."""

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,20 @@ def agree(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_main(function: Callable[[], Any]) -> Any:
+    """What rank 0 finds, on every rank; what it raises is raised on every rank. A collective."""
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if is_main():
+        try:
+            outcome = function(), None
+        except Exception as error:  # whatever it is: the other ranks wait for a word
+            outcome = None, error
+    found, failure = agree(outcome)
+    if failure is not None:
+        raise failure
+    return found
 
 
 def gather_objects(value: Any) -> list[Any]:

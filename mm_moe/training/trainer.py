@@ -16,6 +16,7 @@ from mm_moe.errors import DataError
 from mm_moe.models.shards import SHARD_SIZE
 from mm_moe.moe.layer import RoutingRecord
 from mm_moe.training import runtime, state
+from mm_moe.training.carried import Carried, LibrarySums
 from mm_moe.training.clip import clip_without_zero
 from mm_moe.training.grad_cache import GradCache
 from mm_moe.training.guard import StepGuard
@@ -23,6 +24,7 @@ from mm_moe.training.meter import Meter
 from mm_moe.training.optimizer import parameter_groups
 from mm_moe.training.preemption import ignore_in_worker
 from mm_moe.training.router_bias import BiasUpdate
+from mm_moe.training.saving import Saver
 from mm_moe.training.throughput import Throughput
 
 Objective = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor], Any]]
@@ -41,7 +43,12 @@ class MultimodalTrainer(Trainer):
         guard: decides which optimizer steps are taken.
         max_shard_size: the largest file of weights in a model that is saved by itself.
         data_figures: what a log says of the data's streaming; called on every rank.
+        saver: writes the checkpoints; by default at once, and all stay.
         **kwargs: what `transformers.Trainer` takes.
+
+    Attributes:
+        carried: parts whose state is saved and restored on every rank, by name; whoever adds a
+            callback with a state of its own puts it here before `train`.
     """
 
     model: torch.nn.Module
@@ -58,6 +65,7 @@ class MultimodalTrainer(Trainer):
         guard: StepGuard | None = None,
         max_shard_size: str = SHARD_SIZE,
         data_figures: Callable[[], dict[str, float]] = dict,
+        saver: Saver | None = None,
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = objective
@@ -78,17 +86,31 @@ class MultimodalTrainer(Trainer):
         self.add_callback(self.bias_update)
         self.throughput = Throughput(whole, half=self.args.bf16)
         self.add_callback(self.throughput)
+        self.saver = saver or Saver(self.folder)
+        self.carried: dict[str, Carried] = {"meter": self.meter, "library": LibrarySums(self)}
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        """Train; `resume_from_checkpoint` is a checkpoint folder that `store.verify` accepts."""
+        """Train; `resume_from_checkpoint` is a checkpoint folder that `store.verify` accepts.
+
+        When it returns, the last checkpoint is on the disk, or its loss was told.
+
+        Raises:
+            CheckpointError: saving failed and the run stops for it; raised on every rank.
+        """
         self._resume_dir = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
         self.args.ignore_data_skip = True  # the stream itself starts at the right sample
+        if self._resume_dir is not None:
+            self.args.eval_on_start = False  # the run has started before
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self.saver.wait()
         except RuntimeError as error:
             raise worker_death(error, num_workers=self.args.dataloader_num_workers) from None
+        finally:
+            self.saver.join()
+        return result
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this rank, from where the resumed run stopped."""
@@ -135,7 +157,26 @@ class MultimodalTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            state.restore_random_state(Path(checkpoint), rank=self.args.process_index)
+            state.restore_ranks(Path(checkpoint), self.carried)
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        """How often to log and save is said by the flags, whatever a checkpoint says."""
+        found = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
+    def _run_epoch(self, *, epoch, epochs_trained, resume_from_checkpoint, **kwargs):
+        """Take no step beyond the last one when a finished training is resumed."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(
+                epoch=epoch,
+                epochs_trained=epochs_trained,
+                resume_from_checkpoint=resume_from_checkpoint,
+                **kwargs,
+            )
+            return
+        self._load_rng_state(resume_from_checkpoint)
+        self.control.should_training_stop = True
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
         """As in the library, under the clock; a `GradCache` then makes its first pass."""
@@ -184,7 +225,9 @@ class MultimodalTrainer(Trainer):
         """Add loss parts, expert load and speed to a training log; called on every rank."""
         if "loss" in logs:
             summary = self.meter.summary(self.throughput.take())
-            logs = {**logs, **self.guard.summary(logs["loss"]), **summary, **self.data_figures()}
+            blocked = {"perf/save_blocked_s": self.saver.take_blocked_s()}
+            logs = {**logs, **self.guard.summary(logs["loss"]), **summary, **blocked}
+            logs |= self.data_figures()
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
@@ -210,22 +253,26 @@ class MultimodalTrainer(Trainer):
         return Path(str(self.args.output_dir))
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Write `checkpoint-STEP` aside and publish it when every rank is done."""
-        state.save(
-            self.folder,
-            engine=self.model_wrapped,
-            scheduler=self.lr_scheduler,
-            trainer_state=self.state,
-            samples=self.samples_seen,
-            guard=self.guard.state(),
-            save_extra=self.save_extra,
-            keep=self.args.save_total_limit,
+        """Save this step through `saver`; every rank calls it."""
+        step = self.state.global_step
+        self.saver.save(
+            step,
+            lambda apart: state.take(
+                engine=self.model_wrapped,
+                scheduler=self.lr_scheduler,
+                trainer_state=self.state,
+                samples=self.samples_seen,
+                guard=self.guard.state(),
+                save_extra=self.save_extra,
+                parts=self.carried,
+                apart=apart,
+            ),
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a Hugging Face folder with all experts; every rank must call it."""
+        """Publish a Hugging Face folder with all experts (`final`); every rank must call it."""
         state.save_weights(
-            Path(output_dir or self.folder),
+            Path(output_dir or self.folder / "final"),
             self.model,
             save_extra=self.save_extra,
             max_shard_size=self.max_shard_size,

@@ -119,16 +119,19 @@ class Run:
         from transformers import TrainerState
 
         from mm_moe.training import state
+        from mm_moe.training.saving import Saver
 
-        state.save(
-            Path(folder),
-            engine=self.engine,
-            scheduler=self.scheduler,
-            trainer_state=TrainerState(global_step=STEPS),
-            samples=STEPS * SAMPLES,
-            save_extra=lambda folder: None,
-            keep=None,
-        )
+        def take(apart: bool):
+            return state.take(
+                engine=self.engine,
+                scheduler=self.scheduler,
+                trainer_state=TrainerState(global_step=STEPS),
+                samples=STEPS * SAMPLES,
+                save_extra=lambda folder: None,
+                apart=apart,
+            )
+
+        Saver(Path(folder)).save(STEPS, take)
 
     def restore(self, folder: str) -> None:
         from mm_moe.training import state
