@@ -80,7 +80,7 @@ def test_the_hub_shows_the_finished_model(server, run):
     }
     assert len([name for name in shown if name.startswith("model-0")]) > 3  # shards
     assert {"expert_load.png", "tokenizer.json", "config.json", "README.md"} <= set(shown)
-    assert not {store.OPTIMIZER, store.MANIFEST, "random-0.pt"} & set(shown)
+    assert not {store.OPTIMIZER, store.MANIFEST, store.RANKS} & set(shown)
     assert "auto_map" not in json.loads(shown["config.json"])
     assert server.repos["org/run"].messages[-1] == "Finished training"
     assert server.repos["org/run"].private
@@ -142,7 +142,7 @@ def test_export_pushes_a_checkpoint_without_what_resumes_it(server, run, monkeyp
     argv = [str(run), "--checkpoint", "latest", "--max_shard_size", "30KB"]
     assert export.main([*argv, "--push_to_hub", "org/other", "--private"]) == 0
     shown = server.files("org/other")
-    assert not {store.OPTIMIZER, store.MANIFEST, "random-0.pt", store.WEIGHTS} & set(shown)
+    assert not {store.OPTIMIZER, store.MANIFEST, store.RANKS, store.WEIGHTS} & set(shown)
     assert "Not evaluated" in shown["README.md"].decode()
     assert "pushed to" in capsys.readouterr().out
     assert not list(run.glob(".pushing*"))
