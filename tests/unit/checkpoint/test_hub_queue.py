@@ -20,7 +20,7 @@ def checkpoint(run, step, *, ranks=1):
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_text(f"weights of step {step}")
-    for name in (*RESUME, *(f"random-{rank}.pt" for rank in range(ranks))):
+    for name in (*RESUME, *(f"ranks.pt" for rank in range(ranks))):
         (folder / name).write_text(f"{name} {step}")
     return folder
 
