@@ -31,9 +31,12 @@ def settings(patient: Patient) -> Finding:
     try:
         line = complete(patient.argv)
         values = RecipeParser().namespace(line.argv, recipe=line.recipe)
+        from launch.checks import check_output, resume_point
         from launch.run import check
 
-        source, resume = check(values, line.argv)
+        source = check(values, line.argv)
+        resume = resume_point(values)
+        check_output(values, resume=resume)
     except MMMoEError as error:
         return Finding(FAIL, "the run would be refused", str(error))
     goes_on = f", goes on from {resume.name}" if resume else ""
@@ -67,7 +70,7 @@ def checkpoint_bytes(patient: Patient) -> tuple[int, int] | None:
     line = complete(patient.argv)
     parser = RecipeParser()
     values = parser.namespace(line.argv, recipe=line.recipe)
-    source, _ = check(values, line.argv)
+    source = check(values, line.argv)
     if values.experts_over:
         return None
     values.deepspeed, values.use_cpu, values.report_to = None, True, "none"

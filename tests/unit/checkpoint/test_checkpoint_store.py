@@ -143,3 +143,74 @@ def test_what_is_no_safetensors_file(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"12345678junk")
     with pytest.raises(CheckpointError, match="cannot be read"):
         store.reader(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize("text", [None, "", "checkpoint-x", "checkpoint-9", "../checkpoint-3"])
+def test_a_useless_latest_is_told_and_not_believed(tmp_path, text):
+    for step in (3, 20):
+        checkpoint(tmp_path, step)
+    if text is not None:
+        (tmp_path / "latest").write_text(text)
+    told = []
+    assert store.find(tmp_path, "latest", tell=told.append) == tmp_path / "checkpoint-20"
+    assert len(told) == 1
+    assert "latest" in told[0] or "checkpoint-9" in told[0]
+
+
+def test_latest_wins_over_a_higher_step_and_a_damaged_one_is_named(tmp_path):
+    for step in (3, 20, 100):
+        checkpoint(tmp_path, step)
+    store.point_to(tmp_path / "checkpoint-20")
+    assert store.find(tmp_path, "latest") == tmp_path / "checkpoint-20"
+    (tmp_path / "checkpoint-20" / "weights.bin").write_bytes(b"")
+    told = []
+    assert store.find(tmp_path, "latest", tell=told.append) == tmp_path / "checkpoint-100"
+    assert len(told) == 1
+    assert "weights.bin differs" in told[0]
+    assert "checkpoint-100 is taken" in told[0]
+
+
+@pytest.mark.parametrize("dies", ["before", "between", "after"])
+def test_replacing_a_checkpoint_never_loses_it(tmp_path, dies):
+    checkpoint(tmp_path, 7)
+    aside, final = tmp_path / ".saving-checkpoint-7", tmp_path / "checkpoint-7"
+    aside.mkdir()
+    if dies != "before":
+        final.rename(tmp_path / ".old-checkpoint-7")
+    if dies == "after":
+        (tmp_path / ".old-checkpoint-7" / store.MANIFEST).rename(aside / store.MANIFEST)
+        aside.rename(final)
+    store.sweep(tmp_path)
+    assert final.is_dir()
+    assert (dies == "after") or store.verify(final) == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
+
+
+def test_prune_deletes_nothing_beside_a_damaged_newest(tmp_path):
+    for step in (3, 20):
+        checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-20" / "weights.bin").write_bytes(bytes(100))
+    with pytest.raises(CheckpointError, match=r"checkpoint-20.*weights\.bin differs"):
+        store.prune(tmp_path, 1)
+    assert store.verify(tmp_path / "checkpoint-3") == 3
+
+
+def test_prune_leaves_the_line_that_was_left_alone(tmp_path):
+    for step in (3, 20, 100):
+        checkpoint(tmp_path, step)
+    store.prune(tmp_path, 1, newest=tmp_path / "checkpoint-20")
+    assert [path.name for path in store.checkpoints(tmp_path)] == [
+        "checkpoint-20",
+        "checkpoint-100",
+    ]
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    folder = checkpoint(tmp_path, 7)
+    for file in (folder / "weights.bin", folder / "processor" / "vocab.txt"):
+        good = file.read_bytes()
+        for place in range(len(good)):
+            file.write_bytes(good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :])
+            assert file.name in refusal(folder)
+        file.write_bytes(good)
+    assert store.verify(folder) == 7

@@ -16,11 +16,11 @@ CARD = "---\nlicense: other\n---\n"
 RESUME = ("optimizer.safetensors", "trainer_state.json", "progress.json", "manifest.json")
 
 
-def checkpoint(run, step, *, ranks=1):
+def checkpoint(run, step):
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_text(f"weights of step {step}")
-    for name in (*RESUME, *(f"ranks.pt" for rank in range(ranks))):
+    for name in (*RESUME, "ranks.pt"):
         (folder / name).write_text(f"{name} {step}")
     return folder
 
