@@ -16,11 +16,11 @@ CARD = "---\nlicense: other\n---\n"
 RESUME = ("optimizer.safetensors", "trainer_state.json", "progress.json", "manifest.json")
 
 
-def checkpoint(run, step):
+def checkpoint(run, step, *, more=()):
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_text(f"weights of step {step}")
-    for name in (*RESUME, "ranks.pt"):
+    for name in (*RESUME, "ranks.pt", *more):
         (folder / name).write_text(f"{name} {step}")
     return folder
 
@@ -101,8 +101,8 @@ def test_a_push_that_fails_is_said_and_the_next_one_tried(server, tmp_path, capl
 @pytest.mark.slow
 def test_the_newest_checkpoint_is_kept_whole_in_the_repository(server, tmp_path):
     queue = queue_of(tmp_path, with_state=True)
-    for step, ranks in ((1, 2), (2, 1)):
-        folder = checkpoint(tmp_path, step, ranks=ranks)
+    for step, more in ((1, ["part-2"]), (2, [])):
+        folder = checkpoint(tmp_path, step, more=more)
         queue.offer(folder, step=step)
         assert queue.idle(120)
     shown = server.files("org/model")
