@@ -235,6 +235,7 @@ def prepare_run(
     ep_size: int,
     callbacks: list[TrainerCallback],
     signals: StopSignals | None = None,
+    save_on_stop: bool = True,
 ) -> Run:
     """Build the model, spread its experts over `ep_size` processes and make its trainer."""
     model = dense_model(settings, run_config(settings, source, prompt=prompt))
@@ -249,6 +250,7 @@ def prepare_run(
         batch_size=settings.training.per_device_eval_batch_size,
         max_bad_samples=settings.data.max_bad_samples,
         tables=read_tables(settings.data.missing_table, source=source),
+        signals=signals,
     )
     run = Run(settings, source, model, scorer)
     run.initialise_prompt()
@@ -278,6 +280,7 @@ def prepare_run(
             background=settings.run.async_save,
             on_failure=settings.run.on_save_failure,
         ),
+        save_on_stop=save_on_stop,
         callbacks=callbacks,
     )
     run.bad_samples = run.watch_bad_samples()

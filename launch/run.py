@@ -38,7 +38,7 @@ from mm_moe.data.schema import DataSource
 from mm_moe.errors import BadNumbersError, ConfigError, StoppedError
 from mm_moe.training import runtime
 from mm_moe.training.callbacks import EpochOfStream, MetricsFile, Progress
-from mm_moe.training.preemption import StopOnSignal, StopSignals
+from mm_moe.training.preemption import StopSignals
 from mm_moe.training.reporting import trackers
 
 
@@ -112,10 +112,10 @@ def train_one(
             MetricsFile(folder),  # behind the trackers: it says what they have
             Progress(title),
             *callbacks,
-            # without checkpoints of the run, a comparison's could not be come back to
-            StopOnSignal(signals, save=start is not None or training.save_strategy != "no"),
         ],
         signals=signals,
+        # without checkpoints of the run, a comparison's could not be come back to
+        save_on_stop=start is not None or training.save_strategy != "no",
     )
     if start is not None:
         start.check(run)

@@ -19,6 +19,7 @@ from mm_moe.data.views import ViewCollator, ViewStream
 from mm_moe.moe.layer import couples_samples
 from mm_moe.training import runtime
 from mm_moe.training.predict import Predictions, by_protocol, predict
+from mm_moe.training.preemption import StopSignals
 
 DEFAULT_MIXED_RATIO = 0.5  # of the mixed test condition, for a run without imposed missingness
 
@@ -35,6 +36,7 @@ class Scorer:
         max_bad_samples: undecodable samples that are borne.
         tables: split -> stored missing table, scored as one more condition of that split.
         bad_ids: the ids of those, over all ranks.
+        signals: of this process; one that asks it to stop cuts a scoring short on all ranks.
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class Scorer:
     max_bad_samples: int
     tables: dict[str, MissingTable] = field(default_factory=dict)
     bad_ids: list[str] = field(default_factory=list)
+    signals: StopSignals | None = None
 
     def collator(
         self, missing: Missing | None, *, interactions: Interactions | None = None
@@ -65,7 +68,9 @@ class Scorer:
         """Predictions for a split, each sample once over the ranks. A collective."""
         collator = self.collator(missing)
         loader = DataLoader(self._stream(split), batch_size=self.batch_size, collate_fn=collator)
-        found = predict(self.model, loader, num_modalities=len(self.source.modalities))
+        found = predict(
+            self.model, loader, num_modalities=len(self.source.modalities), signals=self.signals
+        )
         self.note_bad(collator)
         return found
 
@@ -80,7 +85,7 @@ class Scorer:
         modalities, collator = self.source.modalities, self.collator(None)
         stream = ViewStream(self._stream(split), protocols=protocols, modalities=modalities)
         loader = DataLoader(stream, self.batch_size, collate_fn=ViewCollator(collator))
-        found = predict(self.model, loader, num_modalities=len(modalities))
+        found = predict(self.model, loader, num_modalities=len(modalities), signals=self.signals)
         self.note_bad(collator)
         return by_protocol(found, count=len(protocols))
 

@@ -16,7 +16,7 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class StepGuard:
 
     Attributes:
         skipped: steps that were not taken since the start of the run.
+        owes_evaluation: whether the last step's evaluation was cut short by a signal.
         in_row: such steps since the last one that was taken.
         verdict: of the micro-batch that has just been run: whether the step that it completed was
             taken, None if it completed none.
@@ -93,12 +94,14 @@ class StepGuard:
         self.skipped = 0
         self.in_row = 0
         self.step = 0  # the last one that was decided about
+        self.owes_evaluation = False
         self.entries: deque[SkippedStep] = deque(maxlen=MAX_ENTRIES)
         self.windows = {name: SpikeWindow(skip_spikes) for name in ("loss", "norm")}
         self._taken = self._left_out = 0  # since the last log
         self._left_out_loss = 0.0
         self._losses: list[Tensor] = []
         self._ids: list[str] = []
+        self._put_back: Callable[[], None] | None = None
         self.verdict: bool | None = None
         self._pending: Tensor | None = None
 
@@ -120,8 +123,8 @@ class StepGuard:
         self._ids += ids[: MAX_IDS - len(self._ids)]
 
     def before_forward(self) -> None:
-        """Remember, at a step's first micro-batch, what its forward passes may change."""
-        if not self._losses:
+        """Remember, before a step's first forward pass, what its passes may change."""
+        if self._put_back is None:
             self._put_back = keep_statistics(self.engine.module)
 
     def judge(self, norm: Tensor | float) -> bool:
@@ -135,6 +138,7 @@ class StepGuard:
         mine = torch.stack(self._losses).mean() if self._losses else torch.tensor(0.0).double()
         loss, norm = self._over_ranks(mine, norm)
         self._losses = []
+        put_back, self._put_back = self._put_back or _nothing, None
         reason = self._reason(loss, norm)
         self.verdict = reason is None
         if reason is None:
@@ -145,7 +149,7 @@ class StepGuard:
         self.in_row += 1
         self._left_out += 1
         self._left_out_loss += loss
-        self._put_back()
+        put_back()
         self._report(reason, loss, norm, float(mine))
         return False
 
@@ -265,6 +269,7 @@ class StepGuard:
         return {
             "skipped": self.skipped,
             "in_row": self.in_row,
+            "owes_evaluation": self.owes_evaluation,
             "interval": [self._taken, self._left_out, _json_number(self._left_out_loss)],
             "windows": {name: list(window.values) for name, window in self.windows.items()},
             "entries": [asdict(entry) for entry in self.entries],
@@ -275,6 +280,7 @@ class StepGuard:
         if not state:
             return
         self.skipped, self.in_row = state["skipped"], state["in_row"]
+        self.owes_evaluation = state["owes_evaluation"]
         self._taken, self._left_out, left_out_loss = state["interval"]
         self._left_out_loss = float(left_out_loss)
         for name, values in state["windows"].items():
@@ -285,6 +291,10 @@ class StepGuard:
 
 _WORDS = {"loss": "loss", "norm": "gradient norm"}
 _NUMBERS = tuple(int(number) for number in SIGNALS)
+
+
+def _nothing() -> None:
+    """What a step that ran no forward pass has to put back."""
 
 
 def _json_number(value: float) -> float | str:

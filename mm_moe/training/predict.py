@@ -14,7 +14,8 @@ from torch import nn
 
 from mm_moe.batch import IGNORED_LABEL, Batch
 from mm_moe.data.views import read_key
-from mm_moe.training.runtime import any_rank, gather_objects
+from mm_moe.training.preemption import StopSignals, strongest
+from mm_moe.training.runtime import gather_objects
 
 
 @dataclass(frozen=True)
@@ -49,30 +50,53 @@ def to_device(value, device: torch.device):
 
 
 def batches_in_step(
-    model: nn.Module, batches: Iterable[Batch], *, num_modalities: int
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    num_modalities: int,
+    signals: StopSignals | None = None,
 ) -> Iterator[Batch]:
-    """This rank's batches as `model` takes them, then empty ones until the last rank is done."""
+    """This rank's batches as `model` takes them, then empty ones until the last rank is done.
+
+    Raises:
+        StoppedError: on every rank before the next batch, when any rank was asked to stop.
+    """
+    signals = signals or StopSignals()
     parameter = next(model.parameters())
     iterator = iter(batches)
     while True:
         batch = next(iterator, None)
-        if not any_rank(batch is not None):
+        ranks = gather_objects((batch is not None, signals.received))
+        if not any(has_batch for has_batch, _ in ranks):
             return
+        signals.agree(strongest([received for _, received in ranks]))
+        if signals.agreed:
+            raise signals.error("during an evaluation")
         batch = empty_batch(num_modalities) if batch is None else batch
         yield _floats_as(to_device(batch, parameter.device), parameter.dtype)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[Batch], *, num_modalities: int) -> Predictions:
+def predict(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    num_modalities: int,
+    signals: StopSignals | None = None,
+) -> Predictions:
     """Run `model` over this rank's batches and gather all ranks' results, on every rank.
 
     Ranks may hold different numbers of batches: all go on until the last one is done, those without
     data run empty batches, because expert exchange needs every rank in every forward pass.
+
+    Raises:
+        StoppedError: on every rank before the next batch, when any rank was asked to stop.
     """
     was_training = model.training
     model.eval()
     rows: list[tuple] = []
-    for batch in batches_in_step(model, batches, num_modalities=num_modalities):
+    steps = batches_in_step(model, batches, num_modalities=num_modalities, signals=signals)
+    for batch in steps:
         output = model(**batch)
         logits = output.logits.float().cpu().numpy()
         rows += list(

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from mm_moe.batch import Batch
 from mm_moe.data.loading import SampleLoader, worker_death
-from mm_moe.errors import DataError
+from mm_moe.errors import DataError, StoppedError
 from mm_moe.models.shards import SHARD_SIZE
 from mm_moe.moe.layer import RoutingRecord
 from mm_moe.training import runtime, state
@@ -22,7 +22,7 @@ from mm_moe.training.grad_cache import GradCache
 from mm_moe.training.guard import StepGuard
 from mm_moe.training.meter import Meter
 from mm_moe.training.optimizer import parameter_groups
-from mm_moe.training.preemption import ignore_in_worker
+from mm_moe.training.preemption import StopOnSignal, ignore_in_worker
 from mm_moe.training.router_bias import BiasUpdate
 from mm_moe.training.saving import Saver
 from mm_moe.training.throughput import Throughput
@@ -40,7 +40,8 @@ class MultimodalTrainer(Trainer):
         learning_rate_scale: learning-rate factor by parameter name.
         save_extra: writes what belongs beside the weights (the processor) into a folder.
         scores: the validation scores that `eval_strategy` asks for; called on every rank.
-        guard: decides which optimizer steps are taken.
+        guard: decides which optimizer steps are taken, and knows the signals.
+        save_on_stop: whether a training that a signal stops writes a checkpoint.
         max_shard_size: the largest file of weights in a model that is saved by itself.
         data_figures: what a log says of the data's streaming; called on every rank.
         saver: writes the checkpoints; by default at once, and all stay.
@@ -66,6 +67,7 @@ class MultimodalTrainer(Trainer):
         max_shard_size: str = SHARD_SIZE,
         data_figures: Callable[[], dict[str, float]] = dict,
         saver: Saver | None = None,
+        save_on_stop: bool = True,
         **kwargs: Any,
     ) -> None:
         self.objective: Objective = objective
@@ -84,6 +86,9 @@ class MultimodalTrainer(Trainer):
         whole: Any = self.model
         self.bias_update = BiasUpdate(whole.sparse_layers())
         self.add_callback(self.bias_update)
+        self.save_on_stop = save_on_stop
+        self.add_callback(StopOnSignal(self.guard.signals, save=save_on_stop))
+        self.add_callback(OwedEvaluation(self))
         self.throughput = Throughput(whole, half=self.args.bf16)
         self.add_callback(self.throughput)
         self.saver = saver or Saver(self.folder)
@@ -183,6 +188,7 @@ class MultimodalTrainer(Trainer):
         with self.throughput.waiting():
             batches, count = super().get_batch_samples(*args, **kwargs)
         if isinstance(self.objective, GradCache) and batches:
+            self.guard.before_forward()
             with self.compute_loss_context_manager():
                 self.objective.begin(self.model, [self._ready(batch) for batch in batches])
         return batches, count
@@ -231,9 +237,23 @@ class MultimodalTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
-        """Score the validation split as the final table does; logged as "eval_CONDITION_METRIC"."""
+        """Score the validation split as the final table does; logged as "eval_CONDITION_METRIC".
+
+        Raises:
+            StoppedError: on every rank, by a signal to any; the step is saved, and a run that goes
+                on from it makes up for the evaluation.
+        """
         self.model_wrapped.eval()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.scores().items()}
+        try:
+            scores = self.scores()
+        except StoppedError:
+            self.guard.owes_evaluation = True
+            if self.save_on_stop:
+                self._save_checkpoint(self.model_wrapped, None)
+                self.saver.wait()
+            raise
+        self.guard.owes_evaluation = False
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -277,6 +297,18 @@ class MultimodalTrainer(Trainer):
             save_extra=self.save_extra,
             max_shard_size=self.max_shard_size,
         )
+
+
+class OwedEvaluation(TrainerCallback):
+    """Makes up, where a run goes on, for the evaluation that a signal cut short."""
+
+    def __init__(self, trainer: MultimodalTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate the step that was saved; its log line comes where it would have come."""
+        if self.trainer.guard.owes_evaluation:
+            self.trainer.evaluate()
 
 
 def refuse_empty(batch: Batch, routing: Mapping[str, RoutingRecord]) -> None:

@@ -56,3 +56,16 @@ def train_poisoned(
 
 
 NAN = math.nan
+
+
+def status_of_poisoned(
+    rank: int, world_size: int, argv: list[str], poison: dict[str, Any]
+) -> tuple[int, str]:
+    """(exit status, text) of a poisoned run that ends by an expected error."""
+    from mm_moe.errors import MMMoEError
+
+    try:
+        train_poisoned(rank, world_size, [argv], poison)
+    except MMMoEError as error:
+        return error.exit_code, str(error)
+    return 0, ""

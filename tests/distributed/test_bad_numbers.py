@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.harness import run_distributed
-from tests.distributed.poison import NAN, train_poisoned
+from tests.distributed.poison import NAN, status_of_poisoned, train_poisoned
 from tests.distributed.runs import column, write_recipe
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
@@ -70,3 +71,78 @@ def test_a_nan_in_one_ranks_one_expert(tmp_path):
         assert said["gradients"][0].endswith("of expert 3"), cell
         assert len(said["gradients"]) == 1, cell
         assert [len(ids) for ids in said["ids"]] == [2, 2], cell
+
+
+def test_a_nan_in_one_ranks_loss_and_an_outlier_that_is_a_spike(tmp_path):
+    for name, value, reason in (
+        ("nan", NAN, "loss and gradient norm not finite"),
+        ("inf", float("inf"), "loss and gradient norm not finite"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        poison = {"kind": "loss", "rank": 1, "steps": [BAD], "value": value}
+        cell = ("zero2", "fp32", 2, 2)
+        said = run(folder, [cell], poison, 2)[cell]
+        assert said["reason"] == reason
+        assert isinstance(said["losses"][0], float)
+        assert said["losses"][1] == name
+
+
+def test_a_finite_outlier_is_skipped_where_that_is_asked_for(tmp_path):
+    """The window holds 64 steps before anything is a spike: the outlier comes at step 66."""
+    argv = command(tmp_path, "run", "zero2", "fp32", 2, 1)
+    argv += [
+        "--skip_spikes",
+        "50",
+        "--max_steps",
+        "67",
+        "--save_steps",
+        "1",
+        "--max_grad_norm",
+        "0",
+    ]
+    argv += ["--save_total_limit", "3"]
+    poison = {"kind": "loss", "rank": 0, "steps": [66], "value": 1e9}
+    result = run_distributed(train_poisoned, 2, [argv], poison, timeout_s=600)[0][0]
+    assert column(result, "train/skipped_steps") == [0] * 65 + [1, 1]
+    old, same, new = (
+        load_file(tmp_path / "run" / f"checkpoint-{step}" / "optimizer.safetensors")
+        for step in (65, 66, 67)
+    )
+    assert all(torch.equal(old[name], same[name]) for name in old)
+    assert any(not torch.equal(old[name], new[name]) for name in old)
+    assert column(result, "loss")[65] > 1e8  # the log hides nothing
+    report = json.loads((tmp_path / "run" / "bad_numbers.json").read_text())
+    assert report["steps"][0]["reason"].startswith("spike: loss ")
+    assert report["steps"][0]["gradients"] == []
+
+
+def test_the_run_stops_after_so_many_in_a_row_and_not_by_as_many_apart(tmp_path):
+    poison = {"kind": "expert", "rank": 0, "steps": [1, 2, 4, 5, 6], "value": NAN}
+    argv = command(tmp_path, "run", "zero2", "fp32", 2, 1)
+    argv += ["--max_bad_steps", "3", "--max_steps", "9"]
+    found = run_distributed(status_of_poisoned, 2, argv, poison, timeout_s=300)
+    assert [status for status, _ in found] == [16, 16]
+    assert "3 steps in a row were skipped, the last is 6: gradient norm not finite" in found[0][1]
+    report = json.loads((tmp_path / "run" / "bad_numbers.json").read_text())
+    assert (report["skipped"], report["in_a_row"]) == (5, 3)
+    assert [step["step"] for step in report["steps"]] == [1, 2, 4, 5, 6]
+    saved = load_file(tmp_path / "run" / "checkpoint-1" / "optimizer.safetensors")
+    assert not any(value.any() for name, value in saved.items() if name.startswith("exp_avg"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_combination(tmp_path, world_size):
+    cells = [
+        cell
+        for cell in itertools.product(CONFIGS, ("fp32", "bf16"), (1, 2, 4), (1, 2))
+        if cell[2] <= world_size
+        and cell[3] * world_size <= 4
+        and not (cell[0] == "zero0" and cell[1] == "bf16")
+    ]
+    for kind, value in (("expert", NAN), ("loss", float("inf"))):
+        folder = tmp_path / kind
+        folder.mkdir()
+        poison = {"kind": kind, "rank": world_size - 1, "steps": [BAD], "value": value}
+        assert run(folder, cells, poison, world_size).keys() == set(cells)

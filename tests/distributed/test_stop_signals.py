@@ -32,9 +32,9 @@ def command(folder, name, *more):
 def signalled(rank, world_size, argv, number, at):
     """Run until the signal, which rank 1 sends to itself; what the rank ends by, and its handler.
 
-    `at`: (which training of the run, from 0; step; micro-batch from 0), or "build".
+    `at`: (which training of the run, from 0; step; micro-batch from 0), "build", or "scoring".
     """
-    from launch import assemble
+    from launch import assemble, scoring
     from mm_moe.errors import StoppedError
     from mm_moe.training.trainer import MultimodalTrainer
 
@@ -57,6 +57,12 @@ def signalled(rank, world_size, argv, number, at):
             send()
         return build(*args)
 
+    def predict_and_send(*args, **kwargs):
+        if at == "scoring":
+            send()
+        return predict(*args, **kwargs)
+
+    predict, scoring.predict = scoring.predict, predict_and_send
     MultimodalTrainer.compute_loss, assemble.dense_model = compute_and_send, build_and_send
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -92,6 +98,32 @@ def test_one_rank_is_told_and_all_save_that_step(tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in two)
     steps = [entry["step"] for entry in read_run(tmp_path / "stopped")["metrics"]]
     assert steps == [2, 4, 6]
+
+
+def test_a_signal_in_an_evaluation_and_one_in_the_final_scoring(tmp_path):
+    """The evaluation is made up for where the run goes on, the scoring starts anew."""
+    more = ("--eval_strategy", "steps", "--eval_steps", "2", "--max_steps", "2")
+    argv = command(tmp_path, "run", *more)
+    found = run_distributed(signalled, 2, argv, signal.SIGTERM, "scoring", timeout_s=300)
+    assert [rank["status"] for rank in found] == [75, 75]
+    assert found[0]["words"].startswith("SIGTERM, during an evaluation. Saved checkpoint-2.")
+    [loss] = read_run(tmp_path / "run")["metrics"]
+    assert "loss" in loss
+
+    argv += ["--resume_from_checkpoint", "latest"]
+    result = run_distributed(train_here, 2, [argv], timeout_s=300)[0][0]
+    again, evaluation = result["metrics"]
+    assert again == loss
+    assert evaluation["step"] == 2
+    assert any(key.startswith("eval_complete_") for key in evaluation)
+    assert result["scores"] is not None
+
+    (tmp_path / "run" / "scores.json").unlink()
+    found = run_distributed(signalled, 2, argv, signal.SIGTERM, "scoring", timeout_s=300)
+    assert [rank["status"] for rank in found] == [75, 75]  # now in the final scoring
+    result = run_distributed(train_here, 2, [argv], timeout_s=300)[0][0]
+    assert result["metrics"] == [loss, evaluation]
+    assert result["scores"] is not None
 
 
 def test_a_signal_before_the_first_step_saves_nothing(tmp_path):
