@@ -19,7 +19,8 @@ def train_poisoned(
         rank: of this process.
         world_size: number of processes.
         commands: the runs.
-        poison: "rank", "steps", "kind" ("expert": gradient of one expert; "loss") and "value".
+        poison: "rank", "steps", "kind" ("expert": gradient of one expert; "loss"), "value",
+            and "before": what the spike windows hold of steps before the run.
     """
     from mm_moe.training.trainer import MultimodalTrainer
 
@@ -30,6 +31,8 @@ def train_poisoned(
 
     def poisoned_prepare(self, *args: Any):
         model, loader = prepare(self, *args)
+        for window in self.guard.windows.values():
+            window.values.extend(poison.get("before", []))
         for name, parameter in model.module.named_parameters():
             if poison["kind"] == "expert" and "experts" in name and parameter.requires_grad:
 

@@ -89,32 +89,18 @@ def test_a_nan_in_one_ranks_loss_and_an_outlier_that_is_a_spike(tmp_path):
 
 
 def test_a_finite_outlier_is_skipped_where_that_is_asked_for(tmp_path):
-    """The window holds 64 steps before anything is a spike: the outlier comes at step 66."""
     argv = command(tmp_path, "run", "zero2", "fp32", 2, 1)
-    argv += [
-        "--skip_spikes",
-        "50",
-        "--max_steps",
-        "67",
-        "--save_steps",
-        "1",
-        "--max_grad_norm",
-        "0",
-    ]
-    argv += ["--save_total_limit", "3"]
-    poison = {"kind": "loss", "rank": 0, "steps": [66], "value": 1e9}
+    argv += ["--skip_spikes", "6", "--max_grad_norm", "0"]
+    before = [1.0, 3.0] * 32  # median 2, spread 1.4826, and four more values
+    poison = {"kind": "loss", "rank": 0, "steps": [BAD], "value": 1e9, "before": before}
     result = run_distributed(train_poisoned, 2, [argv], poison, timeout_s=600)[0][0]
-    assert column(result, "train/skipped_steps") == [0] * 65 + [1, 1]
-    old, same, new = (
-        load_file(tmp_path / "run" / f"checkpoint-{step}" / "optimizer.safetensors")
-        for step in (65, 66, 67)
-    )
-    assert all(torch.equal(old[name], same[name]) for name in old)
-    assert any(not torch.equal(old[name], new[name]) for name in old)
-    assert column(result, "loss")[65] > 1e8  # the log hides nothing
-    report = json.loads((tmp_path / "run" / "bad_numbers.json").read_text())
-    assert report["steps"][0]["reason"].startswith("spike: loss ")
-    assert report["steps"][0]["gradients"] == []
+    said = check(tmp_path / "run", result)
+    assert column(result, "loss")[BAD - 1] > 1e8  # the log hides nothing
+    assert said["reason"].startswith("spike: loss ")
+    assert " and gradient norm " in said["reason"]
+    assert said["gradients"] == []
+    done = json.loads((tmp_path / "run" / f"checkpoint-{STEPS}" / "progress.json").read_text())
+    assert [len(values) for values in done["guard"]["windows"].values()] == [64 + STEPS] * 2
 
 
 def test_the_run_stops_after_so_many_in_a_row_and_not_by_as_many_apart(tmp_path):
