@@ -100,10 +100,9 @@ def test_one_rank_is_told_and_all_save_that_step(tmp_path):
     assert steps == [2, 4, 6]
 
 
-def test_a_signal_in_an_evaluation_and_one_in_the_final_scoring(tmp_path):
-    """The evaluation is made up for where the run goes on, the scoring starts anew."""
-    more = ("--eval_strategy", "steps", "--eval_steps", "2", "--max_steps", "2")
-    argv = command(tmp_path, "run", *more)
+def test_an_evaluation_that_a_signal_cuts_short_is_made_up_for(tmp_path):
+    more = ("--eval_strategy", "steps", "--eval_steps", "2", "--max_steps", "4")
+    argv = command(tmp_path, "run", *more, "--final_evaluation", "false")
     found = run_distributed(signalled, 2, argv, signal.SIGTERM, "scoring", timeout_s=300)
     assert [rank["status"] for rank in found] == [75, 75]
     assert found[0]["words"].startswith("SIGTERM, during an evaluation. Saved checkpoint-2.")
@@ -111,19 +110,18 @@ def test_a_signal_in_an_evaluation_and_one_in_the_final_scoring(tmp_path):
     assert "loss" in loss
 
     argv += ["--resume_from_checkpoint", "latest"]
-    result = run_distributed(train_here, 2, [argv], timeout_s=300)[0][0]
-    again, evaluation = result["metrics"]
-    assert again == loss
-    assert evaluation["step"] == 2
-    assert any(key.startswith("eval_complete_") for key in evaluation)
-    assert result["scores"] is not None
+    lines = run_distributed(train_here, 2, [argv], timeout_s=300)[0][0]["metrics"]
+    assert lines[0] == loss
+    assert [line["step"] for line in lines] == [2, 2, 4, 4]
+    for line in (lines[1], lines[3]):
+        assert any(key.startswith("eval_complete_") for key in line)
 
-    (tmp_path / "run" / "scores.json").unlink()
+
+def test_a_signal_in_the_final_scoring(tmp_path):
+    argv = command(tmp_path, "run", "--max_steps", "2")
     found = run_distributed(signalled, 2, argv, signal.SIGTERM, "scoring", timeout_s=300)
-    assert [rank["status"] for rank in found] == [75, 75]  # now in the final scoring
-    result = run_distributed(train_here, 2, [argv], timeout_s=300)[0][0]
-    assert result["metrics"] == [loss, evaluation]
-    assert result["scores"] is not None
+    assert [rank["status"] for rank in found] == [75, 75]
+    assert found[0]["words"].startswith("SIGTERM, during an evaluation. Saved checkpoint-2.")
 
 
 def test_a_signal_before_the_first_step_saves_nothing(tmp_path):
