@@ -21,9 +21,9 @@ def rank_process(launcher: int, rank: int) -> int:
     """The process of a rank below its launcher."""
     for child in psutil.Process(launcher).children(recursive=True):
         words = child.cmdline()
-        if any(word.endswith("launch/train.py") for word in words[1:3]):
-            if child.environ().get("RANK") == str(rank):
-                return child.pid
+        ours = any(word.endswith("launch/train.py") for word in words[1:3])
+        if ours and child.environ().get("RANK") == str(rank):
+            return child.pid
     raise AssertionError(f"no rank {rank} below {launcher}")
 
 
