@@ -48,6 +48,7 @@ REQUIREMENTS = [
     "matplotlib>=3.10",
     "jinja2>=3.1.4",
     "tqdm>=4.67",
+    "psutil>=6",
 ]
 TEST_REQUIREMENTS = [
     "pytest>=9",

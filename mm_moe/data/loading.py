@@ -23,6 +23,16 @@ class SampleLoader(DataLoader):
 
     collate_fn: Collator
 
+    def close(self) -> None:
+        """End the workers. At the end of a program they would only be asked by a SIGTERM.
+
+        Workers that live on through signals (`mm_moe.training.preemption`) would ignore it, and the
+        program would wait for them for good.
+        """
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._iterator = None
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         failure: MMMoEError
         try:

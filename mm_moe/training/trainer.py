@@ -79,6 +79,7 @@ class MultimodalTrainer(Trainer):
         self.meter = Meter()
         self.guard = guard or StepGuard()
         self._resume_dir: Path | None = None
+        self._loader: SampleLoader | None = None
         self._steps_before = self._samples_before = 0  # of the run that is resumed
         stream = make_stream(0)  # the library only looks whether there are data sets
         super().__init__(train_dataset=stream, eval_dataset=stream, **kwargs)
@@ -115,6 +116,8 @@ class MultimodalTrainer(Trainer):
             raise worker_death(error, num_workers=self.args.dataloader_num_workers) from None
         finally:
             self.saver.join()
+            if self._loader is not None:
+                self._loader.close()
         return result
 
     def get_train_dataloader(self) -> DataLoader:
@@ -125,7 +128,7 @@ class MultimodalTrainer(Trainer):
             consumed, self._steps_before = int(done["samples"]), int(done["step"])
         self._samples_before = consumed
         workers = self.args.dataloader_num_workers
-        return SampleLoader(
+        self._loader = SampleLoader(
             self.make_stream(consumed),
             batch_size=self.args.per_device_train_batch_size,
             collate_fn=self.data_collator,
@@ -135,6 +138,7 @@ class MultimodalTrainer(Trainer):
             worker_init_fn=ignore_in_worker,
             generator=torch.Generator(),  # a loader's seed is not drawn from the model's generator
         )
+        return self._loader
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over decay x dense/expert groups."""

@@ -1,5 +1,6 @@
 """What comes home from loader workers: bad samples, errors in one line, deaths."""
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ from mm_moe.data.loading import SampleLoader, worker_death
 from mm_moe.data.retrying import GoneError
 from mm_moe.data.streaming import SampleStream
 from mm_moe.errors import DataError
+from mm_moe.training.preemption import ignore_in_worker
 
 
 class BadNumbers(Numbers):
@@ -40,6 +42,23 @@ def loader(tmp_path, *, workers, rows=12, epochs=2):
     source = BadNumbers.write(tmp_path, rows=rows)
     stream = SampleStream(source, split="train", batch_size=2, epochs=epochs)
     return SampleLoader(stream, batch_size=2, num_workers=workers, collate_fn=collate)
+
+
+def test_closing_ends_workers_that_ignore_signals(tmp_path):
+    stream = loader(tmp_path, workers=0).dataset
+    found = SampleLoader(
+        stream,
+        batch_size=2,
+        num_workers=2,
+        collate_fn=loader(tmp_path, workers=0).collate_fn,
+        worker_init_fn=ignore_in_worker,
+        persistent_workers=True,
+    )
+    next(iter(found))
+    assert len(multiprocessing.active_children()) == 2
+    found.close()
+    assert not multiprocessing.active_children()
+    found.close()  # twice does no harm
 
 
 @pytest.mark.parametrize("workers", [0, 2])
