@@ -324,6 +324,8 @@ def in_range(values: argparse.Namespace) -> None:
         "max_bad_share": 0,
         "learning_rate": 0,
         "max_grad_norm": 0,
+        "hang_timeout_s": 0,
+        "rendezvous_timeout_s": 1,
     }
     for flag, low in least.items():
         if not getattr(values, flag) >= low:  # so that NaN is refused too

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
@@ -26,8 +27,9 @@ from mm_moe.arguments import (
     PromptArguments,
     RunArguments,
 )
-from mm_moe.errors import ConfigError, DataError, MMMoEError
+from mm_moe.errors import ConfigError, MMMoEError
 from mm_moe.registry import nearest
+from mm_moe.training.failures import leave
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = "finetune/recipes/emoji_replay.yaml"
@@ -237,9 +239,14 @@ def run_program(main: Callable[[list[str]], int]) -> None:
         status = main(sys.argv[1:])
     except MMMoEError as error:
         # All ranks meet a wrong setting: one voice is enough. Bad data one rank may meet alone.
-        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, DataError):
-            print(f"{error.heading}: {error}", file=sys.stderr, flush=True)
+        running = dist.is_initialized() and dist.get_world_size() > 1
+        speaks = os.environ.get("RANK", "0") == "0" or error.every_rank
+        if speaks:
+            line = "\n" if running else ""  # the progress line stands open
+            print(f"{line}{error.heading}: {error}", file=sys.stderr, flush=True)
         status = error.exit_code
+        if running:
+            leave(status, speaks_first=speaks)  # no peer may come to a common end
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)

@@ -78,6 +78,13 @@ def how_to_go_on(settings: Settings, folder: Path, argv: list[str]) -> str:
     return f"There was nothing to save. Start again with: {command}"
 
 
+def plan_command(argv: list[str]) -> str:
+    """The line that shows what a run with these flags needs."""
+    words = without_flags(without_secrets(argv), ("local_rank", "resume_from_checkpoint"))
+    world = str(runtime.world_size())
+    return shlex.join(["python", "launch/plan.py", "--world_size", world, *words])
+
+
 def next_commands(run: Run, folder: Path, argv: list[str]) -> dict[str, str]:
     """The lines that resume, evaluate and publish this run."""
     place = shlex.quote(str(folder))

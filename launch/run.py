@@ -39,7 +39,9 @@ from mm_moe.errors import BadNumbersError, ConfigError, StoppedError
 from mm_moe.training import runtime
 from mm_moe.training.callbacks import EpochOfStream, MetricsFile, Progress
 from mm_moe.training.preemption import StopSignals
+from mm_moe.training.rendezvous import check_alone, check_environment
 from mm_moe.training.reporting import trackers
+from mm_moe.training.watchdog import Heartbeat, Watchdog, collective_timeout_s
 
 
 def settle(values: argparse.Namespace, ep_size: int, source: DataSource) -> None:
@@ -78,6 +80,7 @@ def train_one(
     prompt: str,
     title: str,
     signals: StopSignals,
+    watchdog: Watchdog,
     start: Start | None = None,
     resume: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -90,6 +93,7 @@ def train_one(
         prompt: the prompt of this model.
         title: what the progress line calls it.
         signals: those of this process.
+        watchdog: that of this process.
         start: of the run: what it goes on from and whom it reports to; compared and written down
             before anything is trained. None for a comparison, which reports to nobody.
         resume: the verified checkpoint that a comparison goes on from.
@@ -122,10 +126,8 @@ def train_one(
         resume = start.resume
     elif resume is not None:
         checks.check_same_model(resume, run.model.config.to_dict())
-    for kind in (PrinterCallback, ProgressCallback):
-        run.trainer.remove_callback(kind)
-    if runtime.is_main():
-        begin(run, title, start)
+    run.trainer.add_callback(Heartbeat(watchdog))  # behind what asks for saves
+    begin(run, title, start)
     signals.check(where=f"{title} was not begun")
     run.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     signals.check(where=f"{title} at step {run.trainer.state.global_step}")
@@ -134,7 +136,11 @@ def train_one(
 
 
 def begin(run: Run, title: str, start: Start | None) -> None:
-    """Make the run's folder, say what is about to be trained, and write it down."""
+    """Make the run's folder, say what is about to be trained, and write it down, on rank 0."""
+    for kind in (PrinterCallback, ProgressCallback):
+        run.trainer.remove_callback(kind)
+    if not runtime.is_main():
+        return
     folder = Path(str(run.settings.training.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     describe(run, title)
@@ -163,6 +169,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> DataSource:
     Returns:
         The data set.
     """
+    check_environment()
     model_flags.settle_model(values, argv)
     interaction_experts.settle_interaction_experts(values, argv)
     checks.check_names(values)
@@ -188,6 +195,15 @@ def check(values: argparse.Namespace, argv: list[str]) -> DataSource:
     settle_tables(values, checks.typed_flags(argv), source)
     settle(values, ep_size, source)
     return source
+
+
+def start_processes(values: argparse.Namespace) -> None:
+    """Join the other processes, with limits that agree: the watchdog has more to say than gloo."""
+    check_alone()
+    runtime.start(
+        timeout_s=collective_timeout_s(values.hang_timeout_s, ddp_timeout_s=values.ddp_timeout),
+        rendezvous_timeout_s=values.rendezvous_timeout_s,
+    )
 
 
 def execute(
@@ -217,23 +233,28 @@ def execute(
     start.resume = settle_resume(values) if alone else None
     target, argv = check_hub.hub_target(values), without_secrets(argv)
     with StopSignals() as signals:
-        runtime.start()
+        start_processes(values)
         start.resume = start.resume if alone else settle_resume(values)
         if target:
             check_hub.refuse_wrong_token(target)
         values.output_dir = runtime.agree(values.output_dir or default_output(values.config))
+        watchdog = Watchdog(Path(values.output_dir), limit_s=values.hang_timeout_s)
+        watchdog.start()
         values.resume_from_checkpoint = str(start.resume) if start.resume else None
-        # the same after a resume
-        values.run_name = values.run_name or Path(values.output_dir).name
+        values.run_name = values.run_name or Path(values.output_dir).name  # same after a resume
         # trackers are ours, and none that the Trainer makes
         start.report_to, values.report_to = values.report_to, "none"
-        settings = parser.build(values)
-        folder = Path(values.output_dir)
+        settings, folder = parser.build(values), Path(values.output_dir)
         pushing = Pushing(target, folder, strategy=str(values.hub_strategy))
         try:
             with start.ends(folder):
                 train_and_finish(
-                    settings, source, signals=signals, start=start, callbacks=pushing.callbacks
+                    settings,
+                    source,
+                    signals=signals,
+                    watchdog=watchdog,
+                    start=start,
+                    callbacks=pushing.callbacks,
                 )
         except (StoppedError, BadNumbersError) as error:
             pushing.close()
@@ -241,6 +262,8 @@ def execute(
             if isinstance(error, BadNumbersError):
                 raise
             raise type(error)(f"{error}. {how_to_go_on(settings, folder, argv)}") from None
+        finally:
+            watchdog.stop()
         runtime.stop()
     pushing.finish()  # no rank waits for it, and a signal ends it at once
 
@@ -250,6 +273,7 @@ def train_and_finish(
     source: DataSource,
     *,
     signals: StopSignals,
+    watchdog: Watchdog,
     start: Start,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
@@ -261,6 +285,7 @@ def train_and_finish(
         prompt=prompt,
         title=prompt,
         signals=signals,
+        watchdog=watchdog,
         start=start,
         callbacks=callbacks,
     )
@@ -273,6 +298,7 @@ def train_and_finish(
             title=f"comparison: {name}",
             signals=signals,
             resume=resume_comparison(folder / f"compare-{name}") if start.resume else None,
+            watchdog=watchdog,
         )
         for name in settings.run.compare_with
         if settings.run.final_evaluation  # comparisons live in the final table only

@@ -27,9 +27,12 @@ def main(argv: list[str]) -> int:
     if line.told and runtime.is_main():
         print(line.told, flush=True)
     # DeepSpeed comes in only now: a wrong flag is told in seconds, and the environment is set.
+    from launch.finish import plan_command
     from launch.run import execute
+    from mm_moe.training.failures import told_plainly
 
-    execute(parser, values, line.argv, recipe=line.recipe)
+    with told_plainly(plan=plan_command(line.argv)):
+        execute(parser, values, line.argv, recipe=line.recipe)
     return 0
 
 

@@ -20,10 +20,12 @@ class MMMoEError(Exception):
     Attributes:
         exit_code: what a program that ends by this error returns to its caller.
         heading: the word before the text in the one line that the command line prints.
+        every_rank: whether each process that meets it says so; else rank 0 speaks for all.
     """
 
     exit_code: ClassVar[int] = EXIT_REFUSED
     heading: ClassVar[str] = "error"
+    every_rank: ClassVar[bool] = False
 
 
 class ConfigError(MMMoEError):
@@ -32,6 +34,8 @@ class ConfigError(MMMoEError):
 
 class DataError(MMMoEError):
     """A data set, split, row or label that breaks its contract."""
+
+    every_rank = True  # one rank may meet it alone
 
 
 class ParallelismError(MMMoEError):
@@ -64,3 +68,16 @@ class InterruptedRunError(StoppedError):
     """Stopped by hand (Ctrl-C)."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+class LostRankError(MMMoEError):
+    """Another process of the run died, hangs, or never came."""
+
+    exit_code = EXIT_LOST_RANK
+    every_rank = True
+
+
+class MemoryLimitError(MMMoEError):
+    """A run that asks for more memory than there is."""
+
+    every_rank = True

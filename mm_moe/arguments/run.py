@@ -68,3 +68,15 @@ class RunArguments:
             "row) or stop.",
         },
     )
+    hang_timeout_s: float = field(
+        default=1800,
+        metadata={
+            "help": "Seconds without progress after which a process writes its stacks to "
+            "stacks-RANK.txt and ends with status 17; start-up, evaluation and saving may take "
+            "four times as long, and at least 1800 s. 0 is off."
+        },
+    )
+    rendezvous_timeout_s: float = field(
+        default=600,
+        metadata={"help": "Seconds in which all processes of a run must have started."},
+    )

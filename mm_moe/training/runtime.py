@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import logging
 import os
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from mm_moe.training.rendezvous import meet
 
 logger = logging.getLogger("mm_moe")
 
@@ -50,10 +53,18 @@ def _shared_memory_operator_is_built() -> bool:
     return any(base.glob("**/deepspeed_shm_comm*.so"))
 
 
-def start() -> None:
+def start(*, timeout_s: float = 1800, rendezvous_timeout_s: float = 600) -> None:
     """Join the process group, as rank 0 of 1 when no launcher set the environment.
 
     Must run before anything imports DeepSpeed: its accelerator is chosen at import.
+
+    Args:
+        timeout_s: how long a collective may wait.
+        rendezvous_timeout_s: how long the processes wait for each other at the start.
+
+    Raises:
+        ParallelismError: the port is taken, or two processes have one rank.
+        LostRankError: not all processes came in time.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
@@ -67,11 +78,39 @@ def start() -> None:
         logger.warning(
             "DeepSpeed compiles its CPU collective now: about a minute, only this first time."
         )
+    backend = "nccl" if on_gpu else "gloo"
+    if not dist.is_initialized():
+        _join(backend, timeout_s=timeout_s, rendezvous_timeout_s=rendezvous_timeout_s)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that the operator was built
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    _unlink_shared_memory()
+
+
+def _join(backend: str, *, timeout_s: float, rendezvous_timeout_s: float) -> None:
+    """Make the process group, as DeepSpeed would, from the store of this start."""
+    device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None
+    dist.init_process_group(
+        backend,
+        store=meet(timeout_s=rendezvous_timeout_s),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=datetime.timedelta(seconds=timeout_s),
+        device_id=device if world_size() > 1 else None,
+    )
+
+
+def _unlink_shared_memory() -> None:
+    """Take the name from the shared memory of DeepSpeed's CPU collective: it ends with its users.
+
+    DeepSpeed never removes the 66 MB that each rank leaves behind, under the name of the port.
+    """
+    barrier()  # every rank has opened those of the others
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank()}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def stop() -> None:

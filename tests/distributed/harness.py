@@ -34,7 +34,11 @@ class RankFailedError(AssertionError):
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120,
+    after_failure_s: float = 3,
 ) -> list[Any]:
     """Call `function(rank, world_size, *args)` on `world_size` gloo processes.
 
@@ -43,6 +47,7 @@ def run_distributed(
         world_size: number of processes.
         args: picklable.
         timeout_s: after this the ranks that still run are stopped.
+        after_failure_s: so long may others run when the first has failed.
 
     Returns:
         The ranks' return values in the order of ranks (what `torch.save` can store).
@@ -61,7 +66,7 @@ def run_distributed(
         ]
         for process in processes:
             process.start()
-        _wait(processes, timeout_s)
+        _wait(processes, timeout_s, after_failure_s)
         return _results(Path(folder), processes, timeout_s)
 
 
@@ -80,12 +85,13 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait(processes: list[BaseProcess], timeout_s: float) -> None:
+def _wait(processes: list[BaseProcess], timeout_s: float, after_failure_s: float) -> None:
     """Wait until all ranks ended, or a moment longer than the first failure, or the timeout."""
     deadline = time.monotonic() + timeout_s + 5  # ranks dump their stacks at timeout_s
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         if any(process.exitcode not in (None, 0) for process in processes):
-            deadline = min(deadline, time.monotonic() + 3)  # peers may report the cause as well
+            again = time.monotonic() + after_failure_s  # peers may report the cause as well
+            deadline = min(deadline, again)
         time.sleep(0.02)
     for process in processes:
         if process.is_alive():
