@@ -80,7 +80,8 @@ def how_to_go_on(settings: Settings, folder: Path, argv: list[str]) -> str:
 
 def plan_command(argv: list[str]) -> str:
     """The line that shows what a run with these flags needs."""
-    words = without_flags(without_secrets(argv), ("local_rank", "resume_from_checkpoint"))
+    dropped = ("local_rank", "output_dir", "resume_from_checkpoint")
+    words = without_flags(without_secrets(argv), dropped)
     world = str(runtime.world_size())
     return shlex.join(["python", "launch/plan.py", "--world_size", world, *words])
 
