@@ -28,7 +28,9 @@ ANOTHER_RUN = ("dataset", "objective")
 _GROUPS = (ModelArguments, MoEArguments, PromptArguments, DataArguments, ObjectiveArguments)
 _OF_THE_MODEL = {field.name for kind in _GROUPS for field in dataclasses.fields(kind)}
 _NO_MATTER = {  # of those: what is read after training, or follows one curve by construction
-    *("validation_split", "test_split", "max_bad_samples", "ep_size", "grad_cache"),
+    *("validation_split", "test_split", "ep_size", "grad_cache", "moe_backend"),
+    *("max_bad_samples", "max_bad_share", "stream_retries", "stream_timeout_s"),
+    *("zero_shot_dataset", "zero_shot_data_dir", "zero_shot_options", "zero_shot_templates"),
 }
 _OF_TRAINING = {
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
