@@ -20,8 +20,9 @@ from launch.model_config import model_config
 from launch.scoring import Scorer, train_prior
 from launch.tables import read_tables
 from launch.zero_shot import ZeroShot, flat, has_pairs, zero_shot_of
-from mm_moe.arguments import ModelArguments
+from mm_moe.arguments import ModelArguments, parse_json
 from mm_moe.batch import base_modality
+from mm_moe.data.augment import Augment, Variation
 from mm_moe.data.collate import Collator
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import DataSource
@@ -31,7 +32,7 @@ from mm_moe.errors import ConfigError
 from mm_moe.models.building import build_model
 from mm_moe.models.composed_configuration import ComposedConfig
 from mm_moe.models.folder import AnyConfig, AnyModel
-from mm_moe.models.processing import processors_for, save_processors
+from mm_moe.models.processing import ImageProcessor, processors_for, save_processors
 from mm_moe.models.take_head import take_head
 from mm_moe.moe.parallel import make_expert_parallel
 from mm_moe.training import runtime
@@ -119,7 +120,28 @@ class Run:
         interactions = training_interactions(self.settings.data)
         collator = self.scorer.collator(self.train_missing, interactions=interactions)
         collator.max_bad_samples = None
+        collator.variation = self.train_variation()
         return collator
+
+    def train_variation(self) -> Variation:
+        """What captions and pictures training sees of the samples, by epoch."""
+        options = parse_json("augment", self.settings.data.augment)
+        found = self.scorer.processors
+        return Variation(
+            seed=self.data_seed,
+            augment=Augment.of(options) if options else None,
+            sizes={
+                name: (processor.width, processor.height)
+                for name, processor in found.items()
+                if isinstance(processor, ImageProcessor)
+            },
+        )
+
+    @property
+    def data_seed(self) -> int:
+        """Of the order of the samples, and of what varies in them."""
+        training = self.settings.training
+        return training.data_seed if training.data_seed is not None else training.seed
 
     def watch_bad_samples(self) -> BadSamples:
         """Writes down, counts and limits the undecodable samples of the training split."""
@@ -156,7 +178,7 @@ class Run:
             batch_size=training.per_device_train_batch_size,
             rank=training.process_index,
             world_size=training.world_size,
-            seed=training.data_seed if training.data_seed is not None else training.seed,
+            seed=self.data_seed,
             shuffle_buffer=self.settings.data.shuffle_buffer,
             start=start,
             epochs=None,
@@ -175,7 +197,7 @@ class Run:
             self.source,
             split=self.settings.data.train_split,
             batch_size=1,
-            seed=training.data_seed if training.data_seed is not None else training.seed,
+            seed=self.data_seed,
             shuffle_buffer=self.settings.data.shuffle_buffer,
             epochs=1,
         )

@@ -14,6 +14,7 @@ from launch.cli import ROOT
 from launch.zero_shot import as_objective_sees, has_pairs
 from mm_moe.arguments import COLUMN_FLAGS, dataset_options, parse_json
 from mm_moe.checkpoint import store
+from mm_moe.data.augment import Augment
 from mm_moe.data.missing import MissingProtocol, kinds_for
 from mm_moe.data.schema import NO_LABEL, DataSource
 from mm_moe.errors import CheckpointError, ConfigError, DataError
@@ -46,7 +47,7 @@ def check_json(values: argparse.Namespace) -> None:
     """Refuse flags that should hold a JSON object and do not.
 
     Raises:
-        ConfigError: names flag, line and column.
+        ConfigError: names flag, line and column; or the setting of --augment that cannot be.
     """
     for flag in (
         "backbone_config",
@@ -54,10 +55,12 @@ def check_json(values: argparse.Namespace) -> None:
         "moe_config",
         "prompt_config",
         "dataset_options",
+        "augment",
         "interaction_config",
         "objective_config",
     ):
         parse_json(flag, getattr(values, flag))
+    Augment.of(parse_json("augment", values.augment))
 
 
 def deepspeed_settings(values: argparse.Namespace) -> dict[str, Any]:

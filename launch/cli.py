@@ -48,6 +48,15 @@ RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
 }
+OPEN_CLIP = {  # flags of its program
+    "train_data": "data_dir (with --dataset webdataset for shards, columns for tables)",
+    "val_data": "dataset_options ('validation': a file or pattern)",
+    "train_num_samples": "dataset_options ('num_samples')",
+    "csv_img_key": "image_column",
+    "csv_caption_key": "text_column",
+    "aug_cfg": "augment",
+    "workers": "dataloader_num_workers",
+}
 
 
 @dataclasses.dataclass
@@ -134,7 +143,10 @@ class RecipeParser(HfArgumentParser):
         if not word.startswith("--"):
             raise ConfigError(f"{word!r} is no flag; flags start with -- and take one value.")
         name = word[2:].split("=")[0].replace("-", "_")
-        hint = f"it is --{RENAMED[name]} now." if name in RENAMED else nearest(name, self.flags)
+        if name in OPEN_CLIP:
+            hint = f"what open_clip calls so is --{OPEN_CLIP[name]} here."
+        else:
+            hint = f"it is --{RENAMED[name]} now." if name in RENAMED else nearest(name, self.flags)
         raise ConfigError(f"unknown flag {word.split('=')[0]!r}; {hint}")
 
     def build(self, namespace: argparse.Namespace) -> Settings:

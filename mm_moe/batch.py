@@ -74,6 +74,8 @@ class Sample:
         mask_key: what a missing mask is keyed by; by default the group, so that its rows share one
             fate, or the id of a row that is alone. Kept apart from the group, because another key
             is another mask.
+        epoch: how often the stream has gone through the data before; chance in training is keyed by
+            it. Not a part of what a sample is.
     """
 
     id: str
@@ -81,6 +83,7 @@ class Sample:
     label: Any = None
     group: str | None = None
     mask_key: str = ""
+    epoch: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         if not self.mask_key:

@@ -115,6 +115,8 @@ DATASETS = Registry(
     {
         "emoji": "mm_moe.data.sets.emoji:EmojiData",
         "columns": "mm_moe.data.sets.columns:ColumnsData",
+        "webdataset": "mm_moe.data.sets.webdataset:WebData",
+        "mixture": "mm_moe.data.sets.mixture:MixtureData",
         "openclipart_emoji": "mm_moe.data.sets.openclipart:OpenclipartEmojiData",
         "grocery": "mm_moe.data.sets.grocery:GroceryData",
         "prepared": "mm_moe.data.sets.prepared:PreparedData",

@@ -129,6 +129,14 @@ class DataArguments:
         default=False,
         metadata={"help": "Train a fuser: the labels are the categories of the table."},
     )
+    augment: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON object of changes to training pictures: random_resized_crop [0.9, 1.0], "
+            "ratio, horizontal_flip 0.5, color_jitter [0.4, 0.4, 0.4, 0.1], color_jitter_share, "
+            "gray 0.2; by default none."
+        },
+    )
     max_bad_samples: int = field(
         default=100, metadata={"help": "Undecodable samples after which the run stops."}
     )

@@ -1,8 +1,8 @@
 """Samples to a batch: mask first, then decode and pack what is left.
 
 A payload that the missing protocol takes is deleted before it is decoded, so nothing downstream can
-see it. An image that does not decode makes its modality absent for that row; it is counted, named
-once in the log of `mm_moe.data`, and the run goes on up to a limit.
+see it. An image that does not decode, or a text that is no UTF-8, makes its modality absent for
+that row; it is counted, named once in the log of `mm_moe.data`, and the run goes on up to a limit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mm_moe.batch import IGNORED_LABEL, IMAGE, Batch, PackedArray, Sample, base_modality
+from mm_moe.batch import IGNORED_LABEL, IMAGE, TEXT, Batch, PackedArray, Sample, base_modality
+from mm_moe.data.augment import Variation
+from mm_moe.data.captions import Captions
 from mm_moe.data.decode import UndecodableImageError, decode_image
 from mm_moe.data.retrying import Remote
 from mm_moe.data.schema import MULTI_LABEL, NO_LABEL, SINGLE_LABEL, check_label, dense_label
@@ -58,6 +60,8 @@ class Collator:
             somebody else counts.
         interactions: gives the key "interaction" of training batches, or None.
         remote: how images at addresses are read.
+        variation: of captions and pictures in training; None: the first caption, unchanged
+            pictures.
 
     Attributes:
         bad: id -> reason, of such samples that *this process* met or was told of, in order. In a
@@ -80,6 +84,7 @@ class Collator:
         max_bad_samples: int | None = 100,
         interactions: Interactions | None = None,
         remote: Remote | None = None,
+        variation: Variation | None = None,
     ) -> None:
         lacking = [name for name in modalities if name not in processors]
         if lacking:
@@ -88,7 +93,7 @@ class Collator:
         self.problem_type, self.num_labels = problem_type, num_labels
         self.missing, self.max_bad_samples = missing, max_bad_samples
         self.interactions = interactions
-        self.remote = remote or Remote()
+        self.remote, self.variation = remote or Remote(), variation
         self.vectors = frozenset(vectors)
         self.bad: dict[str, str] = {}
         self._fresh: dict[str, str] = {}
@@ -139,25 +144,40 @@ class Collator:
         return batch
 
     def _decode(self, modality: str, sample: Sample) -> Any:
-        """The value for the processor, or None for an image that does not decode."""
+        """The value for the processor, or None for an image or text that does not decode."""
         value = sample.payload[modality]
-        is_image = base_modality(modality) == IMAGE and modality not in self.vectors
-        if not is_image or isinstance(value, PackedArray):
+        if isinstance(value, PackedArray) or modality in self.vectors:
+            return value
+        if base_modality(modality) == TEXT:
+            return self._text(sample, value)
+        if base_modality(modality) != IMAGE:
             return value
         try:
-            return decode_image(value, remote=self.remote)
+            image = decode_image(value, remote=self.remote)
         except UndecodableImageError as error:
             self._count_bad(sample.id, str(error))
             return None
+        if self.variation is None:
+            return image
+        return self.variation.picture(sample, image, modality=modality)
 
-    def _count_bad(self, sample_id: str, reason: str) -> None:
+    def _text(self, sample: Sample, value: Any) -> Any:
+        """One text of a sample."""
+        if isinstance(value, bytes):
+            self._count_bad(sample.id, "its text is no UTF-8", what="text")
+            return None
+        if not isinstance(value, Captions):
+            return value
+        return self.variation.caption(sample, value) if self.variation else value.first
+
+    def _count_bad(self, sample_id: str, reason: str, *, what: str = "image") -> None:
         place = zlib.crc32(sample_id.encode()) % len(self._flags)
         if self._flags[place]:
             return
         self._flags[place] = 1
         self.bad[sample_id] = self._fresh[sample_id] = reason
         logger.warning(
-            "image of sample %r does not decode (%s); taken as missing", sample_id, reason
+            "%s of sample %r does not decode (%s); taken as missing", what, sample_id, reason
         )
         if self.max_bad_samples is not None and self.num_bad > self.max_bad_samples:
             raise DataError(

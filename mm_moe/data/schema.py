@@ -110,6 +110,22 @@ class DataSource(ABC):
     def fingerprint(self) -> str:
         """A sha256 of the content, or of the source and its revision, for the run's record."""
 
+    def line(
+        self, split: str, *, seed: int, shuffle_buffer: int, start: int
+    ) -> Iterator[tuple[int, dict[str, Any]]] | None:
+        """The endless order of a set that has one of its own, as (epoch of the row, row).
+
+        Args:
+            split: a split.
+            seed: of the order.
+            shuffle_buffer: rows that a shuffle may hold.
+            start: rows of the order to leave out.
+
+        Returns:
+            None: shuffled passes over `stream`, one after the other.
+        """
+        return None
+
     def check_split(self, split: str) -> str:
         """Return `split` if it exists.
 

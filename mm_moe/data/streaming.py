@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import fsspec.asyn
@@ -94,24 +95,31 @@ class SampleStream(torch.utils.data.IterableDataset):
         index, count = (worker.id, worker.num_workers) if worker else (0, 1)
         if worker:
             fsspec.asyn.reset_lock()  # a lock inherited through a fork would hang remote reads
-        for position, row in enumerate(self._rows()):
+        for position, (epoch, row) in enumerate(self.rows()):
             batch, place = divmod(position, self.batch_size * self.world_size)
             # The loader asks its workers in turn, so batch t must come from worker t % count.
             if batch % count == index and place // self.batch_size == self.rank:
-                yield self.source.to_sample(row)
+                sample = self.source.to_sample(row)
+                yield replace(sample, epoch=epoch) if epoch else sample
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        """The canonical line of rows from `start` on."""
+    def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The canonical line of raw rows from `start` on, those of all ranks, with their epochs."""
+        if self.epochs is None:
+            own = self.source.line(
+                self.split, seed=self.seed, shuffle_buffer=self.shuffle_buffer, start=self.start
+            )
+            if own is not None:
+                return own
         # A known size leaps over whole epochs; without one they are read and counted.
         first, skip = divmod(self.start, self.size) if self.size else (0, self.start)
         epochs = itertools.count(first) if self.epochs is None else range(first, self.epochs)
         rows = itertools.chain.from_iterable(map(self._epoch, epochs))
         return itertools.islice(rows, skip, None)
 
-    def _epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
-        """The rows of one epoch."""
+    def _epoch(self, epoch: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows of one epoch, with its number."""
         what = f"split {self.split!r} of {self.source.name!r}"
-        empty = True
+        count = 0
         with reading(what):
             stream = self.source.stream(self.split)
             if self.shuffle_buffer:
@@ -125,7 +133,12 @@ class SampleStream(torch.utils.data.IterableDataset):
             # `iter`, not `__iter__`: the latter splits the shards over loader workers by itself.
             for columns in stream.iter(batch_size=READ_ROWS):
                 for values in zip(*columns.values(), strict=True):
-                    empty = False
-                    yield dict(zip(columns, values, strict=True))
-        if empty:
+                    count += 1
+                    yield epoch, dict(zip(columns, values, strict=True))
+        if not count:
             raise DataError(f"{what} has no row.")
+        if self.size not in (None, count):  # a resume would leap to another row
+            raise DataError(
+                f"{what} has {count:,} rows and not {self.size:,}, as it was told; correct the "
+                "number (num_samples, sizes.json), or leave it out and give --max_steps."
+            )

@@ -45,6 +45,12 @@ class Unlabelled(DataSource):
         for sample in self.source.index(split):
             yield replace(sample, label=None)
 
+    def line(
+        self, split: str, *, seed: int, shuffle_buffer: int, start: int
+    ) -> Iterator[tuple[int, dict[str, Any]]] | None:
+        """The data set's order."""
+        return self.source.line(split, seed=seed, shuffle_buffer=shuffle_buffer, start=start)
+
     def size(self, split: str) -> int | None:
         """Rows of a split."""
         return self.source.size(split)

@@ -20,7 +20,7 @@ from mm_moe.data.schema import PROBLEM_TYPES, TASKS, DataSource
 from mm_moe.data.streaming import SampleStream
 from mm_moe.errors import DataError
 from mm_moe.registry import DATASETS, RAW_DATASETS
-from tests import raw_layouts
+from tests import pairs_data, raw_layouts
 
 LOOK = 200  # samples of a split that are looked at
 
@@ -64,8 +64,25 @@ def cached_features(cls, tmp_path: Path) -> DataSource:
     return cls(str(tmp_path / "out"))
 
 
+def shards(tmp_path: Path) -> str:
+    for split in ("train", "validation", "test"):
+        pairs_data.write_shards(tmp_path / "shards", rows=6, shards=2, split=split)
+    return str(tmp_path / "shards")
+
+
+def mixture(cls, tmp_path: Path) -> DataSource:
+    columns = {"text_column": "words", "label_column": "kind", "id_column": "key"}
+    parts = [
+        {"dataset": "columns", "data_dir": str(tables(tmp_path)), "options": columns},
+        {"dataset": "webdataset", "data_dir": shards(tmp_path), "weight": 3},
+    ]
+    return cls(parts=parts, scored="webdataset")
+
+
 BUILD = {
     "prepared": prepared,
+    "webdataset": lambda cls, tmp: cls(shards(tmp)),
+    "mixture": mixture,
     **dict.fromkeys(RAW_DATASETS, prepared),
     "columns": lambda cls, tmp: cls(
         str(tables(tmp)), text_column="words", label_column="kind", id_column="key"

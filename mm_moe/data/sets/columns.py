@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 
 from mm_moe.batch import IMAGE, TEXT, Sample
+from mm_moe.data.captions import CaptionRule, caption_rule
 from mm_moe.data.locate import Located, locate
 from mm_moe.data.reading import file_sha256, image_payload, reading
 from mm_moe.data.remote_tables import RemoteTables, beside, locate_remote
@@ -44,7 +45,9 @@ class ColumnsData(DataSource):
             http(s) address of a table or of a folder of tables, whose files `train`, `validation`
             and `test` then name ("train-{000..011}.parquet").
         image_column: column with images (encoded, or paths relative to the table's folder).
-        text_column: column with text.
+        text_column: column with text; several, or {column: weight}, where each epoch of training
+            shall choose one of them (evaluation takes the first). A list in a cell is chosen from
+            in the same way.
         label_column: column with the class name or number (a list of names for several classes, a
             number for regression); an empty cell means that the label is not known.
         id_column: column with a stable unique id. Without it an image folder's ids are its paths,
@@ -61,6 +64,9 @@ class ColumnsData(DataSource):
         revision: revision of a Hub data set.
         name: key of masks; by default "columns/" and the last part of `data_dir`.
         license: who may do what with the data, for the model card.
+        caption_templates: texts with `{}` around the caption, chosen like captions.
+        join_texts: what stands between the texts of a list, where they are keywords that belong
+            together and not captions to choose from.
         stream_retries: further tries of a request that fails, for addresses.
         stream_timeout_s: what a request may take, see `mm_moe.data.retrying.Remote`.
 
@@ -74,7 +80,7 @@ class ColumnsData(DataSource):
         data_dir: str | None = None,
         *,
         image_column: str | None = None,
-        text_column: str | None = None,
+        text_column: str | Sequence[str] | Mapping[str, float] | None = None,
         label_column: str | None = None,
         id_column: str | None = None,
         train: str | None = None,
@@ -87,17 +93,22 @@ class ColumnsData(DataSource):
         task: str | None = None,
         name: str | None = None,
         license: str = "not stated",
+        caption_templates: Sequence[str] | None = None,
+        join_texts: str | None = None,
         stream_retries: int = 8,
         stream_timeout_s: float = 60.0,
     ) -> None:
         super().__init__(None if is_http(data_dir) else data_dir)
         if data_dir is None:
             raise ConfigError("data set 'columns' needs data_dir: a folder, a file, or a Hub name.")
-        named = {IMAGE: image_column, TEXT: text_column}
-        self._columns = {modality: column for modality, column in named.items() if column}
-        if not self._columns:
+        if not image_column and not text_column:
             raise ConfigError("name at least one of image_column and text_column.")
-        self.modalities = tuple(self._columns)
+        self._image: str | None = image_column or None
+        self._captions: CaptionRule | None = None
+        if text_column:
+            self._captions = caption_rule(text_column, templates=caption_templates, join=join_texts)
+        self._columns = [*filter(None, [image_column]), *self._text_columns]
+        self.modalities = (IMAGE,) * bool(image_column) + (TEXT,) * bool(text_column)
         self.label_column, self.id_column = label_column, id_column
         self.problem_type = problem_type or (SINGLE_LABEL if label_column else NO_LABEL)
         if self.problem_type not in PROBLEM_TYPES:
@@ -128,6 +139,10 @@ class ColumnsData(DataSource):
             self._located = locate(data_dir, wanted=wanted, config=config, revision=revision)
             self._is_image_folder = self._located.builder == "imagefolder"
 
+    @property
+    def _text_columns(self) -> tuple[str, ...]:
+        return tuple(self._captions.columns) if self._captions else ()
+
     def splits(self) -> tuple[str, ...]:
         """The splits that were found, in our names."""
         return self._located.splits
@@ -140,8 +155,8 @@ class ColumnsData(DataSource):
         """
         label = [self.label_column] if self.label_column else []
         identity = [self.id_column] if self.id_column else []
-        stream = self._open(split, [*self._columns.values(), *label, *identity])
-        if self._located.files.get(split) and IMAGE in self._columns:
+        stream = self._open(split, [*self._columns, *label, *identity])
+        if self._located.files.get(split) and self._image:
             folder = self._located.folder(split)
             stream = stream.map(_add_folder, fn_kwargs={"folder": folder})
         return stream
@@ -201,11 +216,11 @@ class ColumnsData(DataSource):
 
     def to_sample(self, row: dict[str, Any]) -> Sample:
         """The named cells as a sample."""
-        cells: dict[str, Any] = {m: row.get(column) for m, column in self._columns.items()}
-        if IMAGE in cells:
-            cells[IMAGE] = image_payload(cells[IMAGE])
-        if TEXT in cells and cells[TEXT] is not None:
-            cells[TEXT] = str(cells[TEXT])
+        cells: dict[str, Any] = {}
+        if self._image:
+            cells[IMAGE] = image_payload(row.get(self._image))
+        if self._captions:
+            cells[TEXT] = self._captions.payload(row)
         sample_id = self._id(row, cells)
         image = cells.get(IMAGE)
         if isinstance(image, str) and FOLDER in row and "://" not in image:
@@ -269,7 +284,7 @@ class ColumnsData(DataSource):
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        column = next(iter(self._columns.values()))
+        column = self._columns[0]
         with reading(f"data set {self.name!r}"):
             return {split: self._count(split, column) for split in self.splits()}
 
