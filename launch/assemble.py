@@ -131,9 +131,9 @@ class Run:
             seed=self.data_seed,
             augment=Augment.of(options) if options else None,
             sizes={
-                name: (processor.width, processor.height)
+                name: (int(processor.width), int(processor.height))
                 for name, processor in found.items()
-                if isinstance(processor, ImageProcessor)
+                if isinstance(processor, ImageProcessor) and processor.width and processor.height
             },
         )
 

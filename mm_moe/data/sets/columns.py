@@ -111,20 +111,7 @@ class ColumnsData(DataSource):
         self.modalities = (IMAGE,) * bool(image_column) + (TEXT,) * bool(text_column)
         self.label_column, self.id_column = label_column, id_column
         self.problem_type = problem_type or (SINGLE_LABEL if label_column else NO_LABEL)
-        if self.problem_type not in PROBLEM_TYPES:
-            raise ConfigError(
-                f"unknown problem_type {problem_type!r}; {nearest_type(self.problem_type)}"
-            )
-        if (self.problem_type == NO_LABEL) == bool(label_column):
-            raise ConfigError(
-                f"problem_type {self.problem_type!r} does not fit label_column {label_column!r}."
-            )
-        if task is not None and TASKS.get(task) != self.problem_type:
-            fitting = [name for name, kind in TASKS.items() if kind == self.problem_type]
-            raise ConfigError(
-                f"task {task!r} does not fit problem_type {self.problem_type!r}; take one of "
-                f"{', '.join(fitting)}."
-            )
+        self._check_problem(task)
         self.task = task
         self.license = license
         self.name = name or f"columns/{Path(shown_url(data_dir)).name}"
@@ -138,6 +125,23 @@ class ColumnsData(DataSource):
         else:
             self._located = locate(data_dir, wanted=wanted, config=config, revision=revision)
             self._is_image_folder = self._located.builder == "imagefolder"
+
+    def _check_problem(self, task: str | None) -> None:
+        if self.problem_type not in PROBLEM_TYPES:
+            raise ConfigError(
+                f"unknown problem_type {self.problem_type!r}; {nearest_type(self.problem_type)}"
+            )
+        if (self.problem_type == NO_LABEL) == bool(self.label_column):
+            raise ConfigError(
+                f"problem_type {self.problem_type!r} does not fit label_column "
+                f"{self.label_column!r}."
+            )
+        if task is not None and TASKS.get(task) != self.problem_type:
+            fitting = [name for name, kind in TASKS.items() if kind == self.problem_type]
+            raise ConfigError(
+                f"task {task!r} does not fit problem_type {self.problem_type!r}; take one of "
+                f"{', '.join(fitting)}."
+            )
 
     @property
     def _text_columns(self) -> tuple[str, ...]:

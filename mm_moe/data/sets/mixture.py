@@ -96,7 +96,7 @@ class MixtureData(DataSource):
         self.remote = next((s.remote for s in sources if s.remote is not None), None)
         self._scored = self._scored_part(scored)
         if self._scored is not None:
-            self.unlabelled = self._scored.source.unlabelled
+            self.unlabelled = dict(self._scored.source.unlabelled)
 
     def _settle_labels(self, sources: list[DataSource]) -> None:
         """Labels stay where all parts have the same."""
