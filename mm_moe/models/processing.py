@@ -69,9 +69,14 @@ class ImageProcessor:
         if not (self.has_fast_path and final):
             batch = self.library(images=images, return_tensors="pt")
             return {"pixel_values": batch["pixel_values"]}
-        pixels_NHWC = np.stack([np.asarray(image.convert("RGB")) for image in images])
-        pixels_NCHW = torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2).float().contiguous()
-        return {"pixel_values": pixels_NCHW.mul_(self.scale_C11).add_(self.shift_C11)}
+        pixels_NCHW = torch.empty(len(images), 3, self.height, self.width)
+        # One picture after the other: it stays in the cache for the three passes over it.
+        for image, pixels_CHW in zip(images, pixels_NCHW, strict=True):
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            pixels_HWC = torch.from_numpy(np.array(rgb))
+            pixels_CHW.copy_(pixels_HWC.permute(2, 0, 1))
+            pixels_CHW.mul_(self.scale_C11).add_(self.shift_C11)
+        return {"pixel_values": pixels_NCHW}
 
 
 class TextProcessor:
@@ -218,6 +223,11 @@ def _image_processor(places: list[str], needs: ProcessorNeeds) -> ImageProcessor
                 return ImageProcessor(AutoImageProcessor.from_pretrained(place))
             except (OSError, ValueError):
                 continue  # a Hub name without image settings
+    return default_image_processor(needs)
+
+
+def default_image_processor(needs: ProcessorNeeds) -> ImageProcessor:
+    """Images at a model's size, normalised with its backbone's constants, or CLIP's."""
     side = needs.image_size
     library = CLIPImageProcessor(
         size={"shortest_edge": side},
