@@ -69,7 +69,7 @@ class ImageProcessor:
         if not (self.has_fast_path and final):
             batch = self.library(images=images, return_tensors="pt")
             return {"pixel_values": batch["pixel_values"]}
-        pixels_NCHW = torch.empty(len(images), 3, self.height, self.width)
+        pixels_NCHW = torch.empty(len(images), 3, images[0].height, images[0].width)
         # One picture after the other: it stays in the cache for the three passes over it.
         for image, pixels_CHW in zip(images, pixels_NCHW, strict=True):
             rgb = image if image.mode == "RGB" else image.convert("RGB")
