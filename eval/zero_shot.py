@@ -45,11 +45,28 @@ def ranks_of(
     found = np.empty(len(query_ND), dtype=np.int64)
     for start in range(0, len(query_ND), CHUNK):
         part = slice(start, start + CHUNK)
-        score_NK = query_ND[part] @ key_KD.T
+        score_NK = similarity(query_ND[part], key_KD)
         match_NK = query_group[part, None] == key_group[None]
         best_N = np.where(match_NK, score_NK, -np.inf).max(1)
         found[part] = ((score_NK >= best_N[:, None]) & ~match_NK).sum(1)
     return found
+
+
+def similarity(left_ND: np.ndarray, right_KD: np.ndarray) -> np.ndarray:
+    """How close each left one is to each right one (N, K).
+
+    A side whose features are Q times as wide holds Q vectors of one length, such as BLIP-2's
+    queries of an image: the closest of them counts.
+    """
+    width = min(left_ND.shape[1], right_KD.shape[1])
+    if not width:
+        return left_ND @ right_KD.T
+    best_NK = np.full((len(left_ND), len(right_KD)), -np.inf, dtype=left_ND.dtype)
+    for left in range(0, left_ND.shape[1], width):
+        for right in range(0, right_KD.shape[1], width):
+            score_NK = left_ND[:, left : left + width] @ right_KD[:, right : right + width].T
+            np.maximum(best_NK, score_NK, out=best_NK)
+    return best_NK
 
 
 def retrieval(image_ND: np.ndarray, text_ND: np.ndarray, captions: Sequence[str]) -> dict:
@@ -93,7 +110,7 @@ def classification(image_ND: np.ndarray, class_CD: np.ndarray, labels: np.ndarra
         class_CD: unit-length features of the class names.
         labels: int (N,).
     """
-    score_NC = image_ND @ class_CD.T
+    score_NC = similarity(image_ND, class_CD)
     own_N = score_NC[np.arange(len(labels)), labels]
     ties_NC = (score_NC >= own_N[:, None]).sum(1) - 1  # classes before or beside the right one
     right_N = ties_NC < 1

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 
+from launch.check_blip2 import check_start_token
 from launch.check_objective import objective_of
 from launch.cli import Settings
 from launch.interaction_flags import training_interactions
@@ -265,6 +266,7 @@ def prepare_run(
     processors = processors_for(
         model.config, source=settings.model.tokenizer or settings.model.pretrained
     )
+    check_start_token(model.config, processors)
     scorer = Scorer(
         model,
         source,

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from launch.check_blip2 import check_stage_one, stage_one_fields
 from launch.checks import typed_flags
 from launch.cli import Settings
 from mm_moe.arguments import parse_json
@@ -39,6 +40,7 @@ def settle_objective(values: argparse.Namespace, argv: list[str]) -> None:
         if not getattr(values, flag):
             raise ConfigError(f"--{flag} false: {what} always; leave the flag out.")
     objective = _build(values.objective, values.objective_config, problem_type="none")
+    check_stage_one(values, objective)
     if values.grad_cache and not isinstance(objective, FeatureObjective):
         raise ConfigError(
             f"--grad_cache true keeps the negatives of contrastive objectives, and "
@@ -66,6 +68,11 @@ def logit_fields(settings: Settings) -> dict[str, Any]:
         return {}
     scale, bias = objective.logit_start
     return {"logit_scale_init": scale, "logit_bias_init": bias}
+
+
+def backbone_fields(settings: Settings) -> dict[str, Any]:
+    """The backbone settings that the objective needs."""
+    return stage_one_fields(plain_objective(settings, problem_type="none"))
 
 
 def _build(name: str, config: str | None, *, problem_type: str) -> Any:

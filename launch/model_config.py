@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launch.check_objective import logit_fields
+from launch.check_objective import backbone_fields, logit_fields
 from launch.cli import Settings
 from launch.interaction_experts import interaction_fields
 from mm_moe.arguments import FLAG_OF_SETTING, ModelArguments, parse_json
@@ -73,6 +73,7 @@ def backbone_settings(settings: Settings, source: DataSource) -> dict[str, Any]:
         ConfigError: sequences or arrays for a backbone that takes none.
     """
     given = parse_json("backbone_config", settings.model.backbone_config)
+    given |= backbone_fields(settings)
     backbone_class = BACKBONES.resolve(settings.model.backbone)
     if source.array_shapes and not backbone_class.takes_arrays:
         raise ConfigError(

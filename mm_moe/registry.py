@@ -174,5 +174,6 @@ OBJECTIVES = Registry(
         "interaction": "finetune.interaction:Interaction",
         "contrastive": "pretrain.contrastive:Contrastive",
         "siglip": "pretrain.contrastive:Siglip",
+        "blip2_stage1": "pretrain.blip2:Blip2StageOne",
     },
 )

@@ -263,6 +263,10 @@ class Backbone(nn.Module):
         load_weights(backbone, Path(pretrained), names=backbone.first_names)
         return backbone
 
+    def adapted(self, settings: dict[str, Any]) -> Backbone:
+        """This backbone as a model with other settings takes it over; itself where they agree."""
+        return self
+
     @classmethod
     def processor_needs(cls, settings: dict[str, Any]) -> ProcessorNeeds:
         """What raw images and texts must be turned into for a backbone of these settings."""

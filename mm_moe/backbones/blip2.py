@@ -8,6 +8,10 @@ the text alone, of one width. BLIP-2 has two such pairs, and `text` chooses:
 - "language_model": `Blip2ForConditionalGeneration` with an OPT or a T5. The image feature is the
   mean of the queries as the language model would receive them, the text feature OPT's last token or
   the mean of the tokens that leave T5's encoder.
+
+With `stage_one` the Q-Former is that of BLIP-2's first stage (`blip2_stage1`): queries and texts
+share the self-attention, and the image feature is all projected queries. `adapted` turns it into
+the two towers of "qformer", to be trained on labels.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
 from mm_moe.backbones.base import Backbone, ProcessorNeeds, Tower
+from mm_moe.backbones.blip2_stage1 import SharedTextTower, StageOneHeads, StageOnePasses
 from mm_moe.backbones.blip2_t5 import TRAINED_LENGTH, T5TextTower
 from mm_moe.backbones.blip2_towers import (
     OptTextTower,
@@ -36,7 +41,8 @@ from mm_moe.errors import ConfigError
 from mm_moe.registry import nearest
 
 CHOICES = {"text": ("qformer", "language_model"), "blocks": ("qformer", "vision")}
-OWN = (*CHOICES, "freeze_vision")
+OWN = (*CHOICES, "freeze_vision", "stage_one", "start_token")
+STAGE_ONE = ("stage_one", "start_token")
 KINDS = ("text_config",)  # whose class hangs on its model_type
 MODEL_OF = {"qformer": Blip2ForImageTextRetrieval, "language_model": Blip2ForConditionalGeneration}
 LANGUAGE_MODELS = ("opt", "t5")  # model types of text_config
@@ -49,7 +55,9 @@ class Blip2Backbone(Backbone):
     Args:
         settings: "text" (see above; default "qformer"), "blocks" ("qformer" or "vision": where
             prompts and experts act in the image tower; default "qformer"), "freeze_vision" (default
-            true for loaded weights, false for random ones), and the fields of Blip2Config.
+            true for loaded weights, false for random ones), "stage_one" (default false),
+            "start_token" (with stage_one: the token that asks for a text; default the last of the
+            vocabulary, which is the [DEC] of published weights), and the fields of Blip2Config.
         modalities: towers to keep, of "image" and "text".
         blip2: a ready model to take apart instead of a new random one.
 
@@ -71,12 +79,16 @@ class Blip2Backbone(Backbone):
         blip2: Any = None,
     ) -> None:
         own, config = split_settings(settings)
-        super().__init__({**settings, **own}, modalities=modalities)
+        super().__init__({**settings, **kept_choices(own)}, modalities=modalities)
         if blip2 is None:
             blip2 = MODEL_OF[own["text"]](config)
             nn.init.normal_(blip2.query_tokens, std=STD)
         lm = own["text"] == "language_model"
         projection = blip2.language_projection if lm else blip2.vision_projection
+        self.heads: StageOneHeads | None = None
+        if own["stage_one"]:
+            self._build_stage_one(blip2, own["freeze_vision"])
+            return
         towers: dict[str, Tower] = {}
         if IMAGE in self.parts.values():
             image = QFormerImageTower(blip2, projection, freeze_vision=own["freeze_vision"])
@@ -84,6 +96,78 @@ class Blip2Backbone(Backbone):
         if TEXT in self.parts.values():
             towers[TEXT] = language_tower(blip2) if lm else QFormerTextTower(blip2)
         self.set_towers(towers)
+
+    def _build_stage_one(self, blip2: Any, freeze_vision: bool) -> None:
+        if self.modalities != (IMAGE, TEXT):
+            raise ConfigError(
+                f"backbone_config.stage_one is for image and text, the data have "
+                f"{', '.join(self.modalities)}."
+            )
+        image = QFormerImageTower(
+            blip2, blip2.vision_projection, freeze_vision=freeze_vision, every_query=True
+        )
+        self.set_towers({IMAGE: image, TEXT: SharedTextTower(blip2, image)})
+        self.heads = StageOneHeads(blip2)
+
+    def feature_width(self, modality: str) -> int:
+        """Width of one modality's feature; of all queries after the first stage."""
+        return self.towers[modality].out_width  # type: ignore[return-value]
+
+    @property
+    def start_token(self) -> int:
+        """The token that asks for a text."""
+        return int(self.settings["start_token"])
+
+    def stage_one(self) -> StageOnePasses:
+        """The passes of one training step of the first stage.
+
+        Raises:
+            ConfigError: the Q-Former is not that of the first stage.
+        """
+        if self.heads is None:
+            raise ConfigError(
+                "BLIP-2's first stage needs its Q-Former: --backbone_config "
+                "'{\"stage_one\": true}'."
+            )
+        image: Any = self.towers[IMAGE]
+        text: Any = self.towers[TEXT]
+        return StageOnePasses(image, text, self.heads, recompute_every=self.recompute_every)
+
+    def adapted(self, settings: dict[str, Any]) -> Blip2Backbone:
+        """After the first stage: the towers of "qformer" with copies of what they shared.
+
+        Its heads are dropped. Experts are handed over, not copied.
+
+        Raises:
+            ConfigError: the first stage is asked for, and this is not its Q-Former.
+        """
+        wanted = bool(settings.get("stage_one", False))
+        if wanted == (self.heads is not None):
+            return self
+        if wanted:
+            raise ConfigError(
+                "backbone_config.stage_one (true) differs from the pretrained weights, which are "
+                "not of BLIP-2's first stage; start from none, or from a Hub name such as "
+                "Salesforce/blip2-itm-vit-g."
+            )
+        plain = {name: value for name, value in self.settings.items() if name not in STAGE_ONE}
+        new = Blip2Backbone(plain, modalities=self.modalities)
+        for name in self.modalities:
+            ours: Any = self.towers[name]
+            theirs: Any = new.towers[name]
+            for (parent, attribute), (old, _) in zip(
+                theirs.feed_forwards(), ours.feed_forwards(), strict=True
+            ):
+                setattr(parent, attribute, getattr(old, attribute))
+        weights = self.state_dict()
+        shared = f"towers.{TEXT}.", f"towers.{IMAGE}."
+        new.load_state_dict(
+            {
+                name: weights[name if name in weights else name.replace(*shared)]
+                for name in new.state_dict()
+            }
+        )
+        return new
 
     @classmethod
     def processor_needs(cls, settings: dict[str, Any]) -> ProcessorNeeds:
@@ -127,6 +211,11 @@ def language_tower(blip2: Any) -> Tower:
     return OptTextTower(model.model.decoder)
 
 
+def kept_choices(own: dict[str, Any]) -> dict[str, Any]:
+    """Our own choices as checkpoints keep them; without the first stage, as before there was it."""
+    return {name: value for name, value in own.items() if own["stage_one"] or name not in STAGE_ONE}
+
+
 def check_choices(own: dict[str, Any]) -> None:
     """Raise ConfigError for a choice that does not exist."""
     for name, known in CHOICES.items():
@@ -139,7 +228,8 @@ def check_choices(own: dict[str, Any]) -> None:
 
 def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Our own choices, complete, and the library's config."""
-    own = {"text": "qformer", "blocks": "qformer", "freeze_vision": False}
+    own: dict[str, Any] = {"text": "qformer", "blocks": "qformer", "freeze_vision": False}
+    own |= {"stage_one": False}
     own |= {name: value for name, value in settings.items() if name in OWN}
     check_choices(own)
     fields = {name: value for name, value in settings.items() if name not in OWN}
@@ -153,6 +243,10 @@ def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], Any]:
             "use_qformer_text_input": True
         }
     config = library_config(Blip2Config, fields)
+    if own["stage_one"]:
+        settle_stage_one(own, config.qformer_config.vocab_size)
+    elif "start_token" in own:
+        raise ConfigError("backbone_config.start_token is for stage_one; leave it out.")
     kind = config.text_config.model_type
     if own["text"] == "language_model" and kind not in LANGUAGE_MODELS:
         raise ConfigError(
@@ -160,3 +254,23 @@ def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], Any]:
             "an OPT or a T5, or text 'qformer'."
         )
     return own, config
+
+
+def settle_stage_one(own: dict[str, Any], vocab_size: int) -> None:
+    """Check the choices that the first stage leaves, and fill in its start token.
+
+    Raises:
+        ConfigError: a tower that it does not have, or a start token outside the vocabulary.
+    """
+    for name in CHOICES:
+        if own[name] != "qformer":
+            raise ConfigError(
+                f"backbone_config.{name} {own[name]!r} does not go with stage_one, which trains "
+                "the Q-Former; leave it out."
+            )
+    start = own.setdefault("start_token", vocab_size - 1)
+    if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < vocab_size:
+        raise ConfigError(
+            f"backbone_config.start_token ({start!r}) must be a token id from 0 to "
+            f"{vocab_size - 1}; leave it out for the last."
+        )

@@ -9,6 +9,7 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_moe.backbones.attention import attend
@@ -70,9 +71,18 @@ class QFormerImageTower(BlockTower):
         model: a `transformers` BLIP-2 model.
         projection: of the last queries.
         freeze_vision: no gradient for the vision transformer.
+        every_query: the feature is all projected queries, each of length 1, side by side
+            (N, Q * width of one): what is compared with a text by the closest of them.
     """
 
-    def __init__(self, model: Any, projection: nn.Linear, *, freeze_vision: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        projection: nn.Linear,
+        *,
+        freeze_vision: bool,
+        every_query: bool = False,
+    ) -> None:
         layers = model.qformer.encoder.layer
         super().__init__(
             [qformer_block(layer, text=False) for layer in layers],
@@ -84,6 +94,9 @@ class QFormerImageTower(BlockTower):
         self.norm_in, self.dropout_in = model.qformer.layernorm, model.qformer.dropout
         self.projection = projection
         self.image_size: int = model.config.vision_config.image_size
+        self.every_query = every_query
+        if every_query:
+            self.out_width *= self.query_tokens.shape[1]
         if freeze_vision:
             self.vision.requires_grad_(False)
 
@@ -100,12 +113,19 @@ class QFormerImageTower(BlockTower):
 
     def embed(self, payload: Payload) -> tuple[Tensor, None]:
         """The query tokens, once for each image."""
+        return self.queries(len(payload["pixel_values"])), None
+
+    def queries(self, num_rows: int) -> Tensor:
+        """The query tokens (N, Q, D) that enter block 0."""
         query_1QD = self.dropout_in(self.norm_in(self.query_tokens))
-        return query_1QD.expand(len(payload["pixel_values"]), -1, -1), None
+        return query_1QD.expand(num_rows, -1, -1)
 
     def pool(self, x_NLD: Tensor, payload: Payload, prefix: int) -> Tensor:
-        """Mean of the projected queries."""
-        return self.projection(x_NLD[:, prefix:]).mean(1)
+        """Mean of the projected queries, or all of them."""
+        query_NQD = self.projection(x_NLD[:, prefix:])
+        if not self.every_query:
+            return query_NQD.mean(1)
+        return F.normalize(query_NQD, dim=-1, eps=1e-6).flatten(1)
 
     def blank(self) -> Payload:
         """One grey image."""

@@ -127,8 +127,28 @@ class TransformerBlock(nn.Module):
             x_NLD = x_NLD + self._drop(y_NLD)
             y_NLD, record = run_feed_forward(self.mlp, self.mlp_norm(x_NLD), mask_NL, context)
             return x_NLD + self._drop(y_NLD), record
+        x_NLD = self.among_tokens(x_NLD, mask_NL, extra, causal)
+        return self.behind_attention(x_NLD, mask_NL, context, memory)
+
+    def among_tokens(
+        self,
+        x_NLD: Tensor,
+        mask_NL: Tensor | None = None,
+        extra: tuple[Tensor, Tensor] | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        """Self-attention, residual sum and norm, where norms stand behind."""
         y_NLD = self.attention(x_NLD, mask_NL=mask_NL, extra=extra, causal=causal)
-        x_NLD = self.attention_norm(x_NLD + self._drop(y_NLD))
+        return self.attention_norm(x_NLD + self._drop(y_NLD))
+
+    def behind_attention(
+        self,
+        x_NLD: Tensor,
+        mask_NL: Tensor | None = None,
+        context: TokenContext | None = None,
+        memory: Tensor | None = None,
+    ) -> tuple[Tensor, RoutingRecord | None]:
+        """The memory and the feed-forward, where norms stand behind."""
         if self.cross is not None and self.cross_norm is not None:
             x_NLD = self.cross_norm(x_NLD + self._drop(self.cross(x_NLD, memory=memory)))
         y_NLD, record = run_feed_forward(self.mlp, x_NLD, mask_NL, context)

@@ -65,18 +65,19 @@ def _take_over(config: MultimodalMoEConfig, pretrained: str) -> MultimodalMoEMod
             f"{pretrained!r} has backbone {theirs.backbone!r} with {', '.join(theirs.modalities)}, "
             f"asked for is {config.backbone!r} with {', '.join(config.modalities)}."
         )
+    backbone = source.backbone.adapted(config.backbone_config)
     for key, value in config.backbone_config.items():
-        if theirs.backbone_config.get(key, value) != value:
+        if backbone.settings.get(key, value) != value:
             raise ConfigError(
                 f"backbone_config.{key} ({value}) differs from {pretrained!r} "
-                f"({theirs.backbone_config[key]}); leave it out."
+                f"({backbone.settings[key]}); leave it out."
             )
-    config.backbone_config = theirs.backbone_config
+    config.backbone_config = backbone.settings
     if theirs.moe is None:
-        return MultimodalMoEModel(config, backbone=source.backbone)
+        return MultimodalMoEModel(config, backbone=backbone)
     lora, config.lora = config.lora, None  # adapters rename what they stand beside
     model = MultimodalMoEModel(config)
-    ours, weights = model.backbone.state_dict(), source.backbone.state_dict()
+    ours, weights = model.backbone.state_dict(), backbone.state_dict()
     for name in {**ours, **weights}:
         if name not in ours or name not in weights or ours[name].shape != weights[name].shape:
             raise CheckpointError(

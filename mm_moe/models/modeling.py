@@ -5,7 +5,7 @@ Axes: B samples, M modalities, N packed rows of one modality, D width of a featu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -195,6 +195,7 @@ class MultimodalMoEModel(PreTrainedModel):
         labels: Tensor | None = None,
         ids: list[str] | None = None,
         interaction: Tensor | None = None,
+        run: Callable[[MultimodalMoEModel], MultimodalMoEOutput] | None = None,
     ) -> MultimodalMoEOutput:
         """Encode what is present.
 
@@ -205,11 +206,15 @@ class MultimodalMoEModel(PreTrainedModel):
             ids: likewise.
             interaction: int64 (B,), type of the interaction between a sample's modalities, for the
                 router `by_interaction`.
+            run: what to do with this model instead, for an objective of several passes: all of
+                them are then one forward pass of whatever is wrapped around the model.
 
         Raises:
             DataError: a payload whose rows are not the samples that have the modality, or
                 interactions that are not one per sample.
         """
+        if run is not None:
+            return run(self)
         rows = self._packed_rows(present, inputs)
         generated = generated_tokens(self.prompt, self.backbone, present, inputs)
         lacking = generated_rows(generated, self.modalities, present)

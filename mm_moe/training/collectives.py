@@ -37,6 +37,47 @@ def gather_rows(rows_BD: Tensor) -> tuple[Tensor, int]:
     return _GatherRows.apply(rows_BD), dist.get_rank() * len(rows_BD)
 
 
+class _FetchRows(torch.autograd.Function):
+    """Uneven all-to-all of chosen rows; the backward sends their gradients home and adds them."""
+
+    @staticmethod
+    def forward(ctx, rows_BD: Tensor, wanted_N: Tensor) -> Tensor:
+        world, count = dist.get_world_size(), len(rows_BD)
+        order_N = torch.argsort(wanted_N, stable=True)
+        sorted_N = wanted_N[order_N]
+        ask_P = torch.bincount(sorted_N.div(count, rounding_mode="floor"), minlength=world)
+        asked_P = torch.empty_like(ask_P)
+        dist.all_to_all_single(asked_P, ask_P)
+        ctx.ask, ctx.asked = ask_P.tolist(), asked_P.tolist()
+        places = sorted_N.new_empty(sum(ctx.asked))
+        dist.all_to_all_single(places, sorted_N % count, ctx.asked, ctx.ask)
+        found_ND = rows_BD.new_empty(len(wanted_N), rows_BD.shape[1])
+        dist.all_to_all_single(found_ND, rows_BD[places], ctx.ask, ctx.asked)
+        ctx.save_for_backward(order_N, places)
+        ctx.count = count
+        return torch.empty_like(found_ND).index_copy_(0, order_N, found_ND)
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None]:
+        order_N, places = ctx.saved_tensors
+        arrived = grad_ND.new_empty(len(places), grad_ND.shape[1])
+        dist.all_to_all_single(arrived, grad_ND[order_N].contiguous(), ctx.asked, ctx.ask)
+        home_BD = grad_ND.new_zeros(ctx.count, grad_ND.shape[1])
+        return home_BD.index_add_(0, places, arrived), None
+
+
+def fetch_rows(rows_BD: Tensor, wanted_N: Tensor) -> Tensor:
+    """Some of all ranks' rows (N, D), which are numbered in rank order; differentiable.
+
+    Only what is asked for travels. Every rank calls it, with equally many rows of its own and any
+    number of wishes.
+    """
+    if num_ranks() == 1:
+        return rows_BD[wanted_N]
+    fetched: Tensor = _FetchRows.apply(rows_BD, wanted_N)  # type: ignore[no-untyped-call]
+    return fetched
+
+
 def num_ranks() -> int:
     """Processes that take part in an exchange; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
