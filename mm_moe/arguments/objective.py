@@ -13,7 +13,8 @@ class ObjectiveArguments:
         default=None,
         metadata={
             "help": "JSON object with the objective's options; of contrastive: loss (softmax, "
-            "sigmoid), variant (gather, chunked, ring), chunk (rows and columns of a tile)."
+            "sigmoid), variant (gather, chunked, ring), chunk (rows and columns of a tile); of "
+            "blip2_stage1: itc_weight, itm_weight, itg_weight, itc_smoothing, itg_smoothing, seed."
         },
     )
     grad_cache: bool = field(

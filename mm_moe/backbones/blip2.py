@@ -30,6 +30,7 @@ from mm_moe.backbones.blip2_towers import (
     QFormerTextTower,
     VisionImageTower,
 )
+from mm_moe.backbones.blip2_vision import SMALL_CLIP, small_clip_vision, stand_in_config
 from mm_moe.backbones.library import (
     check_same_settings,
     json_fields,
@@ -41,8 +42,8 @@ from mm_moe.errors import ConfigError
 from mm_moe.registry import nearest
 
 CHOICES = {"text": ("qformer", "language_model"), "blocks": ("qformer", "vision")}
-OWN = (*CHOICES, "freeze_vision", "stage_one", "start_token")
 STAGE_ONE = ("stage_one", "start_token")
+OWN = (*CHOICES, "freeze_vision", "vision_from", *STAGE_ONE)
 KINDS = ("text_config",)  # whose class hangs on its model_type
 MODEL_OF = {"qformer": Blip2ForImageTextRetrieval, "language_model": Blip2ForConditionalGeneration}
 LANGUAGE_MODELS = ("opt", "t5")  # model types of text_config
@@ -55,7 +56,8 @@ class Blip2Backbone(Backbone):
     Args:
         settings: "text" (see above; default "qformer"), "blocks" ("qformer" or "vision": where
             prompts and experts act in the image tower; default "qformer"), "freeze_vision" (default
-            true for loaded weights, false for random ones), "stage_one" (default false),
+            true for loaded weights, false for random ones), "vision_from" ("small_clip": its image
+            tower in the vision transformer's place), "stage_one" (default false),
             "start_token" (with stage_one: the token that asks for a text; default the last of the
             vocabulary, which is the [DEC] of published weights), and the fields of Blip2Config.
         modalities: towers to keep, of "image" and "text".
@@ -83,6 +85,8 @@ class Blip2Backbone(Backbone):
         if blip2 is None:
             blip2 = MODEL_OF[own["text"]](config)
             nn.init.normal_(blip2.query_tokens, std=STD)
+        if own.get("vision_from"):
+            blip2.vision_model = small_clip_vision()
         lm = own["text"] == "language_model"
         projection = blip2.language_projection if lm else blip2.vision_projection
         self.heads: StageOneHeads | None = None
@@ -188,6 +192,8 @@ class Blip2Backbone(Backbone):
     ) -> Blip2Backbone:
         """Read a BLIP-2 checkpoint from a folder or the Hub; its own config replaces `settings`.
 
+        "builtin" is the small CLIP's image tower, frozen, and a new Q-Former of `settings`.
+
         Raises:
             ConfigError: `settings` say something else than the checkpoint.
             CheckpointError: nothing readable under that name, or a checkpoint of the other kind
@@ -196,6 +202,12 @@ class Blip2Backbone(Backbone):
         chosen = {name: value for name, value in settings.items() if name in OWN}
         chosen.setdefault("freeze_vision", True)
         check_choices(chosen)
+        if pretrained == "builtin":
+            new = cls({**settings, **chosen, "vision_from": SMALL_CLIP}, modalities=modalities)
+            if IMAGE in new.towers:
+                vision: Any = new.towers[IMAGE].vision
+                vision.load_state_dict(small_clip_vision(trained=True).state_dict())
+            return new
         text = chosen.get("text", "qformer")
         blip2 = read_library_model(MODEL_OF[text], pretrained, kind=f"BLIP-2 ({text})")
         fields = json_fields(blip2.config, keep_kind=KINDS)
@@ -218,6 +230,15 @@ def kept_choices(own: dict[str, Any]) -> dict[str, Any]:
 
 def check_choices(own: dict[str, Any]) -> None:
     """Raise ConfigError for a choice that does not exist."""
+    if own.get("vision_from", SMALL_CLIP) != SMALL_CLIP:
+        raise ConfigError(
+            f"backbone_config.vision_from {own['vision_from']!r} is unknown; known: {SMALL_CLIP}."
+        )
+    if "vision_from" in own and own.get("blocks") == "vision":
+        raise ConfigError(
+            "backbone_config.blocks 'vision' is for BLIP-2's own vision transformer; leave it or "
+            "vision_from out."
+        )
     for name, known in CHOICES.items():
         if own.get(name, known[0]) not in known:
             raise ConfigError(
@@ -238,6 +259,8 @@ def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         if name not in known:
             raise ConfigError(f"unknown blip2 option {name!r}; {nearest(name, [*OWN, *known])}")
     fields["vision_config"] = {"initializer_range": STD} | dict(fields.get("vision_config", {}))
+    if "vision_from" in own:
+        fields["vision_config"] |= stand_in_config()
     if own["text"] == "qformer":
         fields["qformer_config"] = dict(fields.get("qformer_config", {})) | {
             "use_qformer_text_input": True
