@@ -18,7 +18,7 @@ def check_stage_one(values: argparse.Namespace, objective: Any) -> None:
     """Refuse flags that the first stage does not go with.
 
     Raises:
-        ConfigError: another backbone, prompts, or several members.
+        ConfigError: another backbone, prompts, several members, or GradCache.
     """
     if not isinstance(objective, Blip2StageOne):
         return
@@ -26,6 +26,12 @@ def check_stage_one(values: argparse.Namespace, objective: Any) -> None:
         raise ConfigError(
             f"--objective {values.objective} trains BLIP-2's Q-Former, --backbone says "
             f"{values.backbone!r}; take --backbone blip2."
+        )
+    if values.grad_cache:
+        raise ConfigError(
+            f"--grad_cache true does not go with --objective {values.objective}, whose matching is "
+            "no function of features; leave it out (contrast and negatives are then those of a "
+            "micro-batch)."
         )
     if values.experts_over:
         raise ConfigError(

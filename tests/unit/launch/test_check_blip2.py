@@ -15,13 +15,16 @@ from tests.blip2_rows import FIELDS, QFORMER
 
 def flags(**changes):
     plain = {"backbone": "blip2", "objective": "blip2_stage1", "experts_over": None}
-    return argparse.Namespace(**{**plain, "prompt": "none", "compare_with": [], **changes})
+    return argparse.Namespace(
+        **{**plain, "prompt": "none", "compare_with": [], "grad_cache": False, **changes}
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"backbone": "clip"}, "take --backbone blip2"),
+        ({"grad_cache": True}, "does not go with --objective blip2_stage1"),
         ({"prompt": "replay"}, "'replay' is asked for"),
         ({"compare_with": ["none", "correlated"]}, "'correlated' is asked for"),
         ({"experts_over": ["image", "text"]}, "leave --experts_over out"),

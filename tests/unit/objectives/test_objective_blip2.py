@@ -1,5 +1,6 @@
 """BLIP-2's first stage in one process: masks, negatives, the library's own logits, take-over."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import Blip2Config, Blip2ForImageTextRetrieval
@@ -246,6 +247,26 @@ def test_the_model_reloads_and_becomes_a_supervised_one(tmp_path):
             ),
             pretrained=str(tmp_path / "tuned"),
         )
+
+
+def test_recomputed_blocks_change_nothing():
+    found = []
+    for every in (0, 1):
+        model = stage_one_model(moe={"num_experts": 2}).train()
+        model.backbone.set_recompute(every)
+        loss = Blip2StageOne()(model, batch_of())[0]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for plain, again in zip(*found, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_a_query_of_several_vectors_counts_by_the_closest():
+    image = np.array([[1.0, 0.0, 0.0, 1.0], [0.6, 0.8, -1.0, 0.0]])  # two vectors each
+    text = np.array([[0.0, 1.0], [1.0, 0.0]])
+    assert np.allclose(similarity(image, text), [[1.0, 1.0], [0.8, 0.6]])
+    assert np.allclose(similarity(text, image), [[1.0, 0.8], [1.0, 0.6]])
+    assert np.allclose(similarity(text, text), np.eye(2))
 
 
 def test_incomplete_pairs_feed_nothing():
