@@ -79,5 +79,5 @@ def test_the_cases_mean_something():
     assert min(full[name] for name in ("itc", "itm", "itg")) > 0.3
     assert not any(value.abs().max() for value in none.values())
     still = [name for name, value in full.items() if not value.abs().max() > 1e-8]
-    # a bias of keys moves all scores of a query alike; embeddings of positions that no text has
+    # a bias of keys moves all scores of a query alike
     assert all(".key.bias" in name for name in still), still

@@ -54,6 +54,7 @@ final_evaluation: false
 """
 
 
+@pytest.mark.slow
 def test_it_learns_is_scored_and_is_taken_over(tmp_path):
     (tmp_path / "tuned.yaml").write_text(TUNED)
     shared = ("--deepspeed", "ds_configs/zero2.json", "--ep_size", "2")
