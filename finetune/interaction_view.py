@@ -79,6 +79,12 @@ class InteractionView(DataSource):
         """The sample as the view has it."""
         return sample
 
+    def line(
+        self, split: str, *, seed: int, shuffle_buffer: int, start: int
+    ) -> Iterator[tuple[int, dict[str, Any]]] | None:
+        """The data set's order."""
+        return self.source.line(split, seed=seed, shuffle_buffer=shuffle_buffer, start=start)
+
     def size(self, split: str) -> int | None:
         """Rows of a split."""
         return self.source.size(split)
@@ -106,6 +112,11 @@ class SubsetView(InteractionView):
         self, source: DataSource, table: InteractionTable, *, train_split: str, category: str
     ) -> None:
         super().__init__(source, table, train_split=train_split)
+        if source.line(train_split, seed=0, shuffle_buffer=0, start=0) is not None:
+            raise ConfigError(
+                f"--interaction_subset {category} takes rows out of a data set, and "
+                f"{source.name!r} draws its rows by weight; train on one of its parts."
+            )
         self.own = own_ids(table, category, split=train_split) & set(self.train_ids)
         if not self.own:
             raise _no_row(table, category, split=train_split)
@@ -126,7 +137,9 @@ class SubsetView(InteractionView):
 
     def size(self, split: str) -> int | None:
         """Rows of a split."""
-        return len(self.own) if split == self.train_split else self.source.size(split)
+        if split != self.train_split:
+            return self.source.size(split)
+        return sum(name in self.own for name in self.train_ids)  # equal rows may share an id
 
 
 class RejectView(InteractionView):
