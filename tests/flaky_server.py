@@ -34,8 +34,8 @@ class FlakyServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, folder: Path, *, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.folder = folder
         self.share, self.faults = 0.0, FAULTS
         self.has_ranges = self.tells_length = True
@@ -128,9 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[FlakyServer]:
-    """A server of a folder, until the block ends."""
-    server = FlakyServer(folder)
+def serving(folder: Path, *, port: int = 0) -> Iterator[FlakyServer]:
+    """A server of a folder, until the block ends; port 0 takes a free one."""
+    server = FlakyServer(folder, port=port)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:

@@ -159,6 +159,23 @@ class Driver:
         self.codes[code] += 1
         return code
 
+    def wait_for_none(self) -> None:
+        """Wait until no process of the run is left; those of a launcher that died are orphans."""
+        own = str(self.folder).encode()
+        while True:
+            left = []
+            for entry in Path("/proc").iterdir():
+                with contextlib.suppress(OSError):
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                    if own in words and entry.name.isdigit():
+                        left.append(int(entry.name))
+            if not left:
+                return
+            for number in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            time.sleep(0.2)
+
     def undisturbed(self) -> None:
         """Run to the end."""
         code = self.end(self.start(), timeout_s=24 * 3600)
@@ -187,7 +204,10 @@ def strike(driver: Driver, process: subprocess.Popen, blow: str, chance: random.
     before = driver.step()
     ranks = ranks_of(process)
     if blow == "kill all" or not ranks:  # no rank is there yet, or no longer
-        os.killpg(process.pid, signal.SIGKILL)
+        for number in (process.pid, *ranks):  # the ranks are in sessions of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        driver.wait_for_none()
     else:
         number = signal.SIGTERM if blow == "preempt" else signal.SIGKILL
         with contextlib.suppress(ProcessLookupError):
@@ -285,7 +305,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--early", type=float, default=0.1, help="share of blows while it starts")
     parser.add_argument("--early_s", type=float, default=15.0, help="latest such blow")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="folder of both runs (default: a new one)")
+    parser.add_argument("--output", type=Path, help="of both runs; a quiet one there is kept")
     return parser.parse_args(argv)
 
 
@@ -293,13 +313,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run quietly, run troubled, compare."""
     options = arguments(argv)
     output = options.output or Path(tempfile.mkdtemp(prefix="soak-"))
-    data = output / "data"
-    data.mkdir(parents=True)
-    write_data(data)
+    data, port = output / "data", output / "port.txt"
+    if not data.exists():
+        data.mkdir(parents=True)
+        write_data(data)
     begin = time.monotonic()
-    with serving(data) as server:  # one address, as the masks belong to the data set's name
+    # One address for both, as the masks belong to the data set's name.
+    with serving(data, port=int(port.read_text()) if port.exists() else 0) as server:
+        port.write_text(str(server.server_address[1]))
         quiet = Driver(options, data, server, output / "quiet")
-        quiet.undisturbed()
+        if not quiet.finished():
+            quiet.undisturbed()
         middle = time.monotonic()
         server.share = options.share
         other = Driver(options, data, server, output / "troubled")
