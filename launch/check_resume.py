@@ -7,28 +7,34 @@ from pathlib import Path
 
 from launch.checks import check_output, resume_point
 from launch.cli import tell
+from launch.run_lock import RunLock
 from mm_moe.checkpoint import store
 from mm_moe.errors import CheckpointError
 from mm_moe.training import runtime
 from mm_moe.training.saving import check_writable
 
 
-def settle_resume(values: argparse.Namespace) -> Path | None:
+def settle_resume(values: argparse.Namespace, lock: RunLock) -> Path | None:
     """The verified checkpoint to go on from, if any; sets `output_dir` from it. A collective.
 
-    Rank 0 tidies the run's folder, reads and checks; the others wait for its verdict.
+    Rank 0 locks and tidies the run's folder, reads and checks; the others wait for its verdict.
 
     Raises:
         CheckpointError: nothing good to resume from, or a folder that cannot be written to.
-        ConfigError: the folder holds another run; either is raised on every rank.
+        ConfigError: the folder holds another run, or one that is going on; either is raised on
+            every rank.
     """
 
     def decide() -> tuple[Path | None, str | None]:
         check_writable(Path(values.output_dir or "runs"))
+        if values.output_dir and Path(values.output_dir).is_dir():
+            lock.take(Path(values.output_dir))
         if values.resume_from_checkpoint and values.output_dir:
             store.sweep(Path(values.output_dir))
         resume = resume_point(values, tell=tell)
         check_output(values, resume=resume)
+        if values.output_dir:
+            lock.take(Path(values.output_dir))
         return resume, values.output_dir
 
     resume, values.output_dir = runtime.from_main(decide)

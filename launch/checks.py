@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli import ROOT
+from launch.manifest import RUN_FILE, run_id
 from launch.zero_shot import as_objective_sees, has_pairs
 from mm_moe.arguments import COLUMN_FLAGS, dataset_options, parse_json
 from mm_moe.checkpoint import store
@@ -25,7 +26,7 @@ from mm_moe.training.deepspeed_config import check_deepspeed_config, read_deepsp
 
 DEFAULT_DEEPSPEED = "ds_configs/zero2.json"
 AUTO = "auto"  # --resume_from_checkpoint: go on if there is something, else start
-RUN_FILE = "run.json"
+OURS = ".mm_moe-"  # a lock, or a probe of whether a folder can be written to
 ROWS_READ = 100_000  # of each split, before training; about 0.1 ms a row
 
 
@@ -208,10 +209,11 @@ def resume_point(
         folder = Path(values.output_dir)
         if wanted.lower() == AUTO and not store.checkpoints(folder):
             return None
-        return store.find(folder, "latest", tell=tell)
+        return store.find(folder, "latest", tell=tell, run_id=run_id(folder), needed=store.RESUMED)
+    own = Path(wanted).resolve().parent
     if not values.output_dir:
-        values.output_dir = str(Path(wanted).resolve().parent)
-    return store.find(Path(values.output_dir), wanted)
+        values.output_dir = str(own)
+    return store.find(own, wanted, run_id=run_id(own), needed=store.RESUMED)
 
 
 def check_output(values: argparse.Namespace, *, resume: Path | None) -> None:
@@ -228,12 +230,17 @@ def check_output(values: argparse.Namespace, *, resume: Path | None) -> None:
     again = (values.resume_from_checkpoint or "").lower() == AUTO
     if again and any((folder / name).exists() for name in (RUN_FILE, f"{RUN_FILE}.tmp")):
         return  # a run that was stopped before its first checkpoint starts again
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or _anything(folder)):
         what = "another run" if (folder / RUN_FILE).exists() else "files"
         raise ConfigError(
             f"--output_dir {str(folder)!r} already holds {what}; name a new folder, or "
             f"resume it with --output_dir {folder} --resume_from_checkpoint latest."
         )
+
+
+def _anything(folder: Path) -> bool:
+    """Whether a folder holds more than what a process left that was killed before it began."""
+    return any(not path.name.startswith(OURS) for path in folder.iterdir())
 
 
 def check_same_model(resume: Path, config: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from eval.predictions import PredictionFile
 from eval.report import format_table
 from finetune.interaction_view import view_of
 from launch import rescore
-from launch.cli import ProgramParser, run_program
+from launch.cli import ProgramParser, run_program, tell
 from launch.scoring import Scorer, train_prior
 from launch.tables import read_tables
 from launch.zero_shot import (
@@ -109,7 +109,8 @@ def find_model(run: Path, checkpoint: str | None) -> Path:
         CheckpointError: they are not there, or damaged.
     """
     if checkpoint:
-        return store.find(run, checkpoint if checkpoint == "latest" else str(run / checkpoint))
+        wanted = checkpoint if checkpoint == "latest" else str(run / checkpoint)
+        return store.find(run, wanted, tell=tell)
     if not has_weights(run / "final"):
         raise CheckpointError(f"{str(run)!r} has no final/; take --checkpoint latest.")
     return run / "final"

@@ -70,10 +70,10 @@ def resume_command(
 
 def how_to_go_on(settings: Settings, folder: Path, argv: list[str]) -> str:
     """What a stopped run says on its last line: what was saved, and the command that goes on."""
-    saved = store.checkpoints(folder)
-    if saved:
+    saved = store.last_saved(folder)
+    if saved is not None:
         command = resume_command(settings, folder, without_secrets(argv))
-        return f"Saved {saved[-1].name}. Go on with: {command}"
+        return f"Saved {saved.name}. Go on with: {command}"
     command = resume_command(settings, folder, without_secrets(argv), word="auto")
     return f"There was nothing to save. Start again with: {command}"
 

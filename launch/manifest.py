@@ -151,6 +151,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def run_id(folder: Path) -> str | None:
+    """What the checkpoints of a run name as theirs; None where that is not known.
+
+    Raises:
+        CheckpointError: `run.json` is there and cannot be read.
+    """
+    found = (read_manifest(folder) or {}).get("id")
+    return found if isinstance(found, str) else None
+
+
 def write_manifest(folder: Path, record: dict[str, Any]) -> None:
     """Replace `run.json` as a whole."""
     aside = folder / f"{RUN_FILE}.tmp"

@@ -31,6 +31,7 @@ from launch.check_resume import resume_comparison, settle_resume
 from launch.cli import RecipeParser, Settings
 from launch.finish import finish_run, how_to_go_on, without_secrets
 from launch.pushing import Pushing
+from launch.run_lock import RunLock
 from launch.starts import Start
 from launch.tables import settle_tables
 from launch.zero_shot import check_zero_shot
@@ -146,6 +147,7 @@ def begin(run: Run, title: str, start: Start | None) -> None:
     describe(run, title)
     if start is not None:
         start.write(folder)
+        run.trainer.saver.run_id = start.run_id
 
 
 def describe(run: Run, title: str) -> None:
@@ -230,14 +232,15 @@ def execute(
     start = Start.of(values, argv, recipe=recipe)
     source = check(values, argv)
     alone = runtime.world_size() == 1  # one process refuses before it starts up
-    start.resume = settle_resume(values) if alone else None
     target, argv = check_hub.hub_target(values), without_secrets(argv)
-    with StopSignals() as signals:
+    with RunLock() as lock, StopSignals() as signals:
+        start.resume = settle_resume(values, lock) if alone else None
         start_processes(values)
-        start.resume = start.resume if alone else settle_resume(values)
+        start.resume = start.resume if alone else settle_resume(values, lock)
         if target:
             check_hub.refuse_wrong_token(target)
         values.output_dir = runtime.agree(values.output_dir or default_output(values.config))
+        runtime.from_main(lambda: lock.take(Path(values.output_dir)))
         watchdog = Watchdog(Path(values.output_dir), limit_s=values.hang_timeout_s)
         watchdog.start()
         values.resume_from_checkpoint = str(start.resume) if start.resume else None

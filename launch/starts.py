@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from launch.manifest import (
     note_end,
     plain_flags,
     read_manifest,
+    run_id,
     write_manifest,
 )
 from mm_moe.checkpoint import store
@@ -99,6 +101,8 @@ class Start:
                 "flags": self.flags,
             }
             try:
+                known = run_id(folder) if self.resume is not None else None
+                self._record["id"] = known or uuid.uuid4().hex
                 self._compare()
             except MMMoEError as found:
                 error = found
@@ -117,6 +121,11 @@ class Start:
         self._changed = drift.all
         for line in told:
             print(line, flush=True)
+
+    @property
+    def run_id(self) -> str | None:
+        """Of the run, on rank 0."""
+        return self._record.get("id")
 
     def write(self, folder: Path) -> None:
         """Write `run.json` with this start behind the earlier ones; rank 0 calls it."""

@@ -12,13 +12,14 @@ is in `.saving-NAME`, what is being replaced in `.old-NAME`, what is being delet
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -35,7 +36,10 @@ RANKS = "ranks.pt"
 PROGRESS = "progress.json"
 LATEST = "latest"
 SAVING, OLD, GONE = ".saving-", ".old-", ".gone-"
-_NAME = re.compile(r"checkpoint-(\d+)")
+RESUMED = (OPTIMIZER, SCHEDULER, TRAINER_STATE, RANKS, PROGRESS, "config.json")  # and weights
+_NAME = re.compile(r"checkpoint-([0-9]{1,18})")
+_READ = (".safetensors", ".bin", ".pt", ".json")  # what a loader may take from a folder
+_LONGEST = 64 << 20  # bytes of a manifest; a sane one lists a few files
 _BLOCK = 4 << 20  # bytes that are summed at once
 _EARLIER = "resume from an earlier checkpoint-N."
 
@@ -73,8 +77,14 @@ def _write_synced(file: Path, text: str) -> None:
     _sync_folder(file.parent)
 
 
-def write_manifest(folder: Path, step: int) -> None:
-    """List every file of `folder` with size and SHA-256, and bring all of it to the disk."""
+def write_manifest(folder: Path, step: int, *, run_id: str | None = None) -> None:
+    """List every file of `folder` with size and SHA-256, and bring all of it to the disk.
+
+    Args:
+        folder: about to be published.
+        step: optimizer steps done.
+        run_id: of the run that it belongs to, where runs are told apart.
+    """
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
@@ -84,7 +94,7 @@ def write_manifest(folder: Path, step: int) -> None:
             os.fsync(stream.fileno())
         name = path.relative_to(folder).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
-    record = {"format": FORMAT, "step": step, "files": files}
+    record = {"format": FORMAT, "step": step, "run": run_id, "files": files}
     _write_synced(folder / MANIFEST, json.dumps(record, indent=1))
 
 
@@ -94,12 +104,12 @@ def publish(aside: Path, final: Path) -> None:
     Dying between the two renames leaves the older folder aside; `sweep` puts it back.
     """
     old = final.with_name(f"{OLD}{final.name}")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
+    if os.path.lexists(final):
+        discard(old)
         os.replace(final, old)
     os.replace(aside, final)
     _sync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    discard(old)
 
 
 def point_to(folder: Path) -> None:
@@ -108,8 +118,12 @@ def point_to(folder: Path) -> None:
 
 
 def discard(aside: Path) -> None:
-    """Remove what was begun and is not going to be published."""
-    shutil.rmtree(aside, ignore_errors=True)
+    """Remove a folder if that is possible; of a link the link, not what it leads to."""
+    if aside.is_symlink() or aside.is_file():
+        with contextlib.suppress(OSError):
+            aside.unlink()
+    else:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def sweep(run_dir: Path) -> list[str]:
@@ -122,55 +136,75 @@ def sweep(run_dir: Path) -> list[str]:
     for folder in sorted(run_dir.glob(f"{OLD}*")):
         final = folder.with_name(folder.name.removeprefix(OLD))
         found.append(folder.name)
-        if final.exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        if os.path.lexists(final):
+            discard(folder)
         else:
             os.replace(folder, final)
     for prefix in (SAVING, GONE):
         for folder in sorted(run_dir.glob(f"{prefix}*")):
             found.append(folder.name)
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
     return found
 
 
-def verify(folder: Path) -> int:
+def verify(folder: Path, *, run_id: str | None = None, needed: Sequence[str] = ()) -> int:
     """Check a checkpoint against its manifest and return its step. Reads every byte once.
 
+    Args:
+        folder: of the checkpoint.
+        run_id: the run that it must belong to; a checkpoint that names none belongs to any.
+        needed: files that it must have.
+
     Raises:
-        CheckpointError: the folder, its manifest or a file of it is missing, truncated or altered.
+        CheckpointError: the folder, its manifest or a file of it is missing, truncated, altered or
+            unreadable; it holds a file to load that the manifest does not know; or it is of
+            another run.
     """
     if not folder.is_dir():
         raise CheckpointError(
             f"checkpoint {str(folder)!r} does not exist; name a checkpoint-N folder of a run, or "
             "latest."
         )
-    step, files = _read_manifest(folder)
-    for name, (size, _) in files.items():  # sizes first: they cost nothing
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"checkpoint {str(folder)!r} is incomplete: {name} is missing; {_EARLIER}"
-            )
-        if (folder / name).stat().st_size != size:
-            raise _damaged(folder, name)
-    for name, (_, sha256) in files.items():
-        if digest(folder / name) != sha256:
-            raise _damaged(folder, name)
+    step, files = _read_manifest(folder, run_id)
+    name = MANIFEST
+    try:
+        for name, (size, _) in files.items():  # sizes first: they cost nothing
+            if not (folder / name).is_file():
+                raise _incomplete(folder, f"{name} is missing")
+            if (folder / name).stat().st_size != size:
+                raise _damaged(folder, name)
+        if missing := sorted(set(needed) - set(files)):
+            raise _incomplete(folder, f"its {MANIFEST} lists no {missing[0]}")
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.suffix in _READ and name not in (MANIFEST, *files):
+                raise _damaged(folder, name, f"is not in its {MANIFEST}")
+        for name, (_, sha256) in files.items():
+            if digest(folder / name) != sha256:
+                raise _damaged(folder, name)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} is damaged: {name[:80]} cannot be read "
+            f"({error.strerror}); {_EARLIER}"
+        ) from error
     return step
 
 
-def _read_manifest(folder: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+def _read_manifest(folder: Path, run_id: str | None) -> tuple[int, dict[str, tuple[int, str]]]:
     """Step, and (bytes, SHA-256) by file name."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        written, step = int(manifest["format"]), int(manifest["step"])
+        with (folder / MANIFEST).open(encoding="utf-8") as stream:
+            manifest = json.loads(stream.read(_LONGEST))
+        written, step, run = int(manifest["format"]), int(manifest["step"]), manifest.get("run")
         files = {
-            str(name): (int(entry["bytes"]), str(entry["sha256"]))
+            _inside(name): (int(entry["bytes"]), str(entry["sha256"]))
             for name, entry in manifest["files"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"checkpoint {str(folder)!r} is incomplete: no readable {MANIFEST}; {_EARLIER}"
-        ) from error
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError),
+        *(OverflowError, RecursionError),  # of numbers and nesting that nobody wrote
+    ) as error:
+        raise _incomplete(folder, f"no readable {MANIFEST}") from error
     if written != FORMAT:
         raise CheckpointError(
             f"checkpoint {str(folder)!r} has format {written}, this release reads {FORMAT}; "
@@ -181,13 +215,32 @@ def _read_manifest(folder: Path) -> tuple[int, dict[str, tuple[int, str]]]:
         raise CheckpointError(
             f"checkpoint {str(folder)!r} is damaged: its {MANIFEST} is of step {step}; {_EARLIER}"
         )
+    if run_id and run and run != run_id:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} belongs to another run than this folder's run.json; "
+            f"{_EARLIER}"
+        )
     return step, files
 
 
-def _damaged(folder: Path, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"checkpoint {str(folder)!r} is damaged: {name} differs from its manifest; {_EARLIER}"
-    )
+def _inside(name: str) -> str:
+    """A name in a manifest, if it stays in the folder.
+
+    Raises:
+        ValueError: it does not.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError(name)
+    return name
+
+
+def _incomplete(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint {str(folder)!r} is incomplete: {what}; {_EARLIER}")
+
+
+def _damaged(folder: Path, name: str, what: str = "differs from its manifest") -> CheckpointError:
+    return CheckpointError(f"checkpoint {str(folder)!r} is damaged: {name} {what}; {_EARLIER}")
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -200,7 +253,8 @@ def _read_latest(run_dir: Path) -> tuple[Path | None, str]:
     """The folder that `latest` names, or None and what is wrong with it."""
     file = run_dir / LATEST
     try:
-        name = file.read_text(encoding="utf-8").strip()
+        with file.open(encoding="utf-8") as stream:
+            name = stream.read(1000).strip()
     except (OSError, UnicodeDecodeError) as error:
         problem = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
         return None, f"{str(file)!r} {problem}"
@@ -211,7 +265,22 @@ def _read_latest(run_dir: Path) -> tuple[Path | None, str]:
     return run_dir / name, ""
 
 
-def find(run_dir: Path, wanted: str, *, tell: Callable[[str], None] = lambda line: None) -> Path:
+def last_saved(run_dir: Path) -> Path | None:
+    """The checkpoint that a run saved last, as far as it stands; nothing is verified."""
+    folder, _ = _read_latest(run_dir)
+    if folder is not None and folder.is_dir():
+        return folder
+    return next(iter(checkpoints(run_dir)[::-1]), None)
+
+
+def find(
+    run_dir: Path,
+    wanted: str,
+    *,
+    tell: Callable[[str], None] = lambda line: None,
+    run_id: str | None = None,
+    needed: Sequence[str] = (),
+) -> Path:
     """The checkpoint that `--resume_from_checkpoint` means.
 
     Args:
@@ -219,12 +288,14 @@ def find(run_dir: Path, wanted: str, *, tell: Callable[[str], None] = lambda lin
         wanted: a checkpoint folder, or "latest"/"true" for the newest good one of the run: the one
             that `latest` names, else the others from the highest step down.
         tell: is given a line for everything that was found damaged and passed over.
+        run_id: see `verify`.
+        needed: see `verify`.
 
     Raises:
         CheckpointError: none is found, or the named one is incomplete or damaged.
     """
     if wanted.lower() not in ("latest", "true"):
-        verify(Path(wanted))
+        verify(Path(wanted), run_id=run_id, needed=needed)
         return Path(wanted)
     order = checkpoints(run_dir)[::-1]
     named, problem = _read_latest(run_dir)
@@ -235,7 +306,7 @@ def find(run_dir: Path, wanted: str, *, tell: Callable[[str], None] = lambda lin
     problems = []
     for folder in order:
         try:
-            verify(folder)
+            verify(folder, run_id=run_id, needed=needed)
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -268,7 +339,7 @@ def prune(run_dir: Path, keep: int | None, *, newest: Path | None = None) -> Non
     for folder in old:
         gone = folder.with_name(f"{GONE}{folder.name}")  # half a checkpoint is never in sight
         os.replace(folder, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        discard(gone)
 
 
 def reader(file: Path) -> Callable[[str], Tensor]:

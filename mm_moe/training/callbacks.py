@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,12 @@ class MetricsFile(TrainerCallback):
                 return  # `--eval_on_start` of a resumed run: this line is there
             with self.file.open("a") as stream:
                 stream.write(json.dumps(entry) + "\n")
+
+    def on_save(self, args, state, control, **kwargs: Any) -> None:
+        """Bring to the disk what a run that goes on from this checkpoint keeps."""
+        if state.is_world_process_zero and self.file.exists():
+            with self.file.open("rb") as stream:
+                os.fsync(stream.fileno())
 
 
 def line_name(step: int, entry: Iterable[str]) -> LineName:

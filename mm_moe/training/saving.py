@@ -50,6 +50,7 @@ class Saver:
 
     Attributes:
         newest: the newest checkpoint of this process' life that is known to be on the disk.
+        run_id: what the checkpoints name as their run; rank 0 sets it.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Saver:
         self.run_dir, self.keep = run_dir, keep
         self.background, self.on_failure = background, on_failure
         self.newest: Path | None = None
+        self.run_id: str | None = None
         self._step: int | None = None  # of the save that all ranks have yet to hear of
         self._thread: threading.Thread | None = None
         self._outcome = Outcome()
@@ -118,7 +120,7 @@ class Saver:
         if self.on_failure == STOP or self._failures >= MOST_FAILURES:
             raise CheckpointError(
                 f"{said} Failures in a row: {self._failures}. Make room, then go on with "
-                "--resume_from_checkpoint latest."
+                "--resume_from_checkpoint auto."
             )
         if runtime.is_main():
             count = f"{self._failures} of {MOST_FAILURES} failures in a row that are borne"
@@ -160,7 +162,7 @@ class Saver:
 
         def publish() -> None:
             snapshot.write_large(aside)
-            store.write_manifest(aside, snapshot.step)
+            store.write_manifest(aside, snapshot.step, run_id=self.run_id)
             store.publish(aside, final)
             store.point_to(final)
 

@@ -295,7 +295,8 @@ def checkpoint(run: str, step: int) -> Path:
     """A folder that the store takes for a checkpoint."""
     folder = Path(run, f"checkpoint-{step}")
     folder.mkdir(parents=True)
-    (folder / store.WEIGHTS).write_bytes(b"weights")
+    for name in (store.WEIGHTS, *store.RESUMED):
+        (folder / name).write_bytes(b"weights")
     store.write_manifest(folder, step)
     return folder
 

@@ -35,7 +35,7 @@ def save(saver: Saver, step: int, size: int = 10) -> None:
     saver.save(step, lambda apart: snapshot(step, size))
 
 
-def full(*args):
+def full(*args, **more):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -112,9 +112,9 @@ def test_the_same_bytes_beside_training_and_at_once(tmp_path):
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     go, inner = threading.Event(), store.write_manifest
 
-    def held(folder, step):
+    def held(folder, step, **more):
         assert go.wait(60)
-        inner(folder, step)
+        inner(folder, step, **more)
 
     monkeypatch.setattr(store, "write_manifest", held)
     saver = Saver(tmp_path, background=True)

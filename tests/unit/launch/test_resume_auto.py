@@ -15,7 +15,8 @@ def flags(folder, wanted="auto") -> argparse.Namespace:
 
 def good_checkpoint(folder):
     folder.mkdir(parents=True)
-    (folder / "weights").write_text("w")
+    for name in ("weights", *store.RESUMED):
+        (folder / name).write_text("w")
     store.write_manifest(folder, int(folder.name.split("-")[1]))
     return folder
 
