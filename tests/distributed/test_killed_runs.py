@@ -66,3 +66,16 @@ def test_many_kills_at_random(world_size, more, tmp_path):
     assert run_through(command(killed, *more), world_size, deaths, timeout_s=400) >= 5
     assert differing(quiet, killed) == []
     assert leftovers(killed) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zero0", "zero1", "bf16"])
+def test_kills_under_other_settings(kind, tmp_path):
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    more = ("--bf16", "true") if kind == "bf16" else ("--deepspeed", f"ds_configs/{kind}.json")
+    run_through(command(quiet, *LIGHT, *more), 2, timeout_s=400)
+    deaths = [("pass", 10), ("before latest", 1)]  # of step 5, which goes on from 3; of step 6
+    argv = command(killed, *LIGHT, *more)
+    assert run_through(argv, 2, deaths, timeout_s=400) == len(deaths)
+    assert differing(quiet, killed) == []
+    assert leftovers(killed) == []
