@@ -208,6 +208,18 @@ def start_processes(values: argparse.Namespace) -> None:
     )
 
 
+def claim_output(values: argparse.Namespace, lock: RunLock) -> Path:
+    """The run's folder, named by rank 0 where no flag does, and locked by it. A collective."""
+
+    def claim() -> str:
+        name = values.output_dir or default_output(values.config)
+        lock.take(Path(name))
+        return name
+
+    values.output_dir = runtime.from_main(claim)
+    return Path(values.output_dir)
+
+
 def execute(
     parser: RecipeParser,
     values: argparse.Namespace,
@@ -239,15 +251,14 @@ def execute(
         start.resume = start.resume if alone else settle_resume(values, lock)
         if target:
             check_hub.refuse_wrong_token(target)
-        values.output_dir = runtime.agree(values.output_dir or default_output(values.config))
-        runtime.from_main(lambda: lock.take(Path(values.output_dir)))
-        watchdog = Watchdog(Path(values.output_dir), limit_s=values.hang_timeout_s)
+        folder = claim_output(values, lock)
+        watchdog = Watchdog(folder, limit_s=values.hang_timeout_s)
         watchdog.start()
         values.resume_from_checkpoint = str(start.resume) if start.resume else None
-        values.run_name = values.run_name or Path(values.output_dir).name  # same after a resume
+        values.run_name = values.run_name or folder.name  # same after a resume
         # trackers are ours, and none that the Trainer makes
         start.report_to, values.report_to = values.report_to, "none"
-        settings, folder = parser.build(values), Path(values.output_dir)
+        settings = parser.build(values)
         pushing = Pushing(target, folder, strategy=str(values.hub_strategy))
         try:
             with start.ends(folder):
