@@ -313,9 +313,8 @@ def find(
         for line in problems:
             tell(line.replace(_EARLIER, f"{folder.name} is taken."))
         return folder
-    raise CheckpointError(
-        f"{str(run_dir)!r} holds no good checkpoint to resume from. " + " ".join(problems)
-    )
+    why = " ".join(problems) or "It holds none; --resume_from_checkpoint auto starts anew then."
+    raise CheckpointError(f"{str(run_dir)!r} holds no good checkpoint to resume from. {why}")
 
 
 def prune(run_dir: Path, keep: int | None, *, newest: Path | None = None) -> None:

@@ -205,7 +205,7 @@ def check_writable(folder: Path) -> None:
         probe = probe.parent
     name = probe / f".mm_moe-{runtime.rank()}-probe"
     try:
-        name.mkdir()
+        name.mkdir(exist_ok=True)  # a start that was killed here left it
         (name / "file").write_text("x", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(

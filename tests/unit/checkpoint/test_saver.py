@@ -127,6 +127,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / ".mm_moe-0-probe").mkdir()  # of a start that was killed
     check_writable(tmp_path / "new" / "run")
     assert names(tmp_path) == []
     (tmp_path / "file").write_text("")
