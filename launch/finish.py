@@ -20,6 +20,7 @@ from launch.manifest import (
     hardware,
     package_versions,
     read_manifest,
+    settings_without_secrets,
     source_state,
     without_flags,
     without_secrets,
@@ -31,7 +32,6 @@ from launch.tables import describe_tables, mask_keys
 from launch.zero_shot import has_pairs, scored_split, write_rows
 from mm_moe.checkpoint import store
 from mm_moe.data.table import MissingTable
-from mm_moe.data.web import is_http, shown_url
 from mm_moe.models.composed_configuration import ComposedConfig
 from mm_moe.training import runtime, slurm
 
@@ -49,8 +49,7 @@ def arguments_of(run: Run) -> dict[str, Any]:
         settings.objective,
     ):
         merged.update(dataclasses.asdict(part))
-    kept = {key: value for key, value in merged.items() if key not in SECRET_FLAGS}
-    return {key: shown_url(value) if is_http(value) else value for key, value in kept.items()}
+    return settings_without_secrets(merged)
 
 
 def resume_command(

@@ -13,7 +13,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,12 @@ from typing import Any
 import torch
 
 from launch.cli import ROOT
-from mm_moe.data.web import is_http, shown_url
+from mm_moe.data.web import shown_url
 from mm_moe.errors import CheckpointError
 
 RUN_FILE = "run.json"
 SECRET_FLAGS = ("hub_token",)
+ADDRESS = re.compile(r"https?://[^\s\"'<>\\]+", re.IGNORECASE)  # also inside of a JSON object
 PACKAGES = (
     "torch",
     "torchvision",
@@ -97,9 +100,22 @@ def plain_flags(values: argparse.Namespace) -> dict[str, Any]:
     """Recipe and flags before anything is filled in, as JSON has them, without secrets."""
     found: dict[str, Any] = {}
     for key, value in sorted(vars(values).items()):
-        if key not in SECRET_FLAGS:
-            found[key] = value.value if isinstance(value, Enum) else value
-    return json.loads(json.dumps(found, default=str))
+        found[key] = value.value if isinstance(value, Enum) else value
+    return settings_without_secrets(json.loads(json.dumps(found, default=str)))
+
+
+def settings_without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags and values without those that hold a secret; of addresses, what `shown_url` shows."""
+    return {key: _shown(value) for key, value in settings.items() if key not in SECRET_FLAGS}
+
+
+def _shown(value: Any) -> Any:
+    """A value with its addresses shortened, however deep they lie."""
+    if isinstance(value, str):
+        return without_url_secrets(value)
+    if isinstance(value, Mapping):
+        return {key: _shown(part) for key, part in value.items()}
+    return [_shown(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def without_flags(argv: list[str], flags: tuple[str, ...]) -> list[str]:
@@ -122,9 +138,8 @@ def without_secrets(argv: list[str]) -> list[str]:
 
 
 def without_url_secrets(word: str) -> str:
-    """A word of a command line; of an address, only what `shown_url` shows."""
-    flag, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return f"{flag}{sign}{shown_url(value)}" if is_http(value) else word
+    """A word of a command line; of addresses in it, only what `shown_url` shows."""
+    return ADDRESS.sub(lambda found: shown_url(found[0]), word)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

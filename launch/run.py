@@ -39,6 +39,7 @@ from mm_moe.data.schema import DataSource
 from mm_moe.errors import BadNumbersError, ConfigError, StoppedError
 from mm_moe.training import runtime
 from mm_moe.training.callbacks import EpochOfStream, MetricsFile, Progress
+from mm_moe.training.early_signals import EarlySignals
 from mm_moe.training.preemption import StopSignals
 from mm_moe.training.rendezvous import check_alone, check_environment
 from mm_moe.training.reporting import trackers
@@ -226,6 +227,7 @@ def execute(
     argv: list[str],
     *,
     recipe: dict[str, Any] | None = None,
+    early: EarlySignals | None = None,
 ) -> None:
     """Check everything, then train, score, report and publish.
 
@@ -237,6 +239,7 @@ def execute(
         values: what it made of them.
         argv: the command line.
         recipe: flags of the recipe, where they come from the run that is resumed.
+        early: signals since the program began.
 
     Raises:
         StoppedError: a signal asked for it; the text ends with the command that goes on.
@@ -245,7 +248,7 @@ def execute(
     source = check(values, argv)
     alone = runtime.world_size() == 1  # one process refuses before it starts up
     target, argv = check_hub.hub_target(values), without_secrets(argv)
-    with RunLock() as lock, StopSignals() as signals:
+    with RunLock() as lock, StopSignals(early) as signals:
         start.resume = settle_resume(values, lock) if alone else None
         start_processes(values)
         start.resume = start.resume if alone else settle_resume(values, lock)
@@ -262,6 +265,7 @@ def execute(
         pushing = Pushing(target, folder, strategy=str(values.hub_strategy))
         try:
             with start.ends(folder):
+                signals.check(where="nothing was begun")
                 train_and_finish(
                     settings,
                     source,

@@ -18,13 +18,13 @@ from launch.cli import find_recipe, read_recipe
 from launch.drift import Facts, compare, settle_drift
 from launch.finish import run_record
 from launch.manifest import (
-    SECRET_FLAGS,
     earlier_starts,
     new_start,
     note_end,
     plain_flags,
     read_manifest,
     run_id,
+    settings_without_secrets,
     write_manifest,
 )
 from mm_moe.checkpoint import store
@@ -73,7 +73,7 @@ class Start:
             text = find_recipe(values.config).read_bytes()
             kept["sha256"] = hashlib.sha256(text).hexdigest()
             recipe = read_recipe(values.config)
-        kept["flags"] = {key: v for key, v in recipe.items() if key not in SECRET_FLAGS}
+        kept["flags"] = settings_without_secrets(recipe)
         return cls(argv, plain_flags(values), kept, allow_drift=bool(values.allow_drift))
 
     @property

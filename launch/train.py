@@ -10,10 +10,11 @@ from __future__ import annotations
 import sys
 
 from launch import doctor
+from mm_moe.training.early_signals import EarlySignals
 
 
-def main(argv: list[str]) -> int:
-    """Read the flags, then hand over."""
+def main(argv: list[str], *, early: EarlySignals | None = None) -> int:
+    """Read the flags, then hand over; `early`: the signals that came before."""
     if doctor.asked_for(argv):
         return doctor.main(argv)
     from launch.cli import RecipeParser
@@ -32,13 +33,21 @@ def main(argv: list[str]) -> int:
     from mm_moe.training.failures import told_plainly
 
     with told_plainly(plan=plan_command(line.argv)):
-        execute(parser, values, line.argv, recipe=line.recipe)
+        execute(parser, values, line.argv, recipe=line.recipe, early=early)
     return 0
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """The whole program: a signal is noted from here on, however long the imports take."""
     if doctor.asked_for(sys.argv[1:]):  # before anything that may not import
         sys.exit(doctor.main(sys.argv[1:]))
-    from launch.cli import run_program
+    early = EarlySignals().listen()
+    try:
+        from launch.cli import run_program
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run_program(lambda argv: main(argv, early=early))
 
-    run_program(main)
+
+if __name__ == "__main__":
+    program()

@@ -34,6 +34,7 @@ LONGEST_WAIT_S = 30.0
 LONGEST_RETRY_AFTER_S = 120.0
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 GONE = (404, 410)
+NO_RIGHT = "check who may read it; a password or token in it is not kept, so give it at each start"
 Result = TypeVar("Result")
 RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
 
@@ -249,7 +250,7 @@ class Remote:
                         f"status {error.code}", retry_after_s(error.headers.get("Retry-After"))
                     ) from None
                 is_gone = error.code in GONE
-                hint = "correct the address" if is_gone else "check who may read it"
+                hint = "correct the address" if is_gone else NO_RIGHT
                 raise (GoneError if is_gone else RemoteError)(
                     f"{shown_url(url)} cannot be read: status {error.code} "
                     f"({http.client.responses.get(error.code, 'unknown')}), 1 try; {hint}."

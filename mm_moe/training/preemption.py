@@ -29,6 +29,7 @@ from mm_moe.errors import (
     StoppedError,
 )
 from mm_moe.training import runtime
+from mm_moe.training.early_signals import EarlySignals
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ONE_PRESS_S = 1.0  # a launcher may pass on the Ctrl-C that the terminal gave to this process, too
@@ -37,12 +38,17 @@ ONE_PRESS_S = 1.0  # a launcher may pass on the Ctrl-C that the terminal gave to
 class StopSignals:
     """Notes the signals that ask this process to stop, while it is entered.
 
+    Args:
+        early: what came since the program began; it has the signals until this is entered, and does
+            not get them back.
+
     Attributes:
         received: the first such signal that this process got, 0 without any; SIGINT beats others.
         agreed: the signal by which all processes have decided to stop, 0 before that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, early: EarlySignals | None = None) -> None:
+        self.early = early or EarlySignals()
         self.received = 0
         self.agreed = 0
         self._previous: dict[int, Any] = {}
@@ -52,6 +58,8 @@ class StopSignals:
         """Take over the signals; only a main thread can."""
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._previous |= self.early.previous
+            self.received = self.received or self.early.received
         return self
 
     def __exit__(self, *error: object) -> None:

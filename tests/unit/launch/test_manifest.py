@@ -14,7 +14,9 @@ from launch.manifest import (
     package_versions,
     plain_flags,
     read_manifest,
+    settings_without_secrets,
     source_state,
+    without_secrets,
     write_manifest,
 )
 from launch.own_flags import complete
@@ -50,6 +52,22 @@ def test_no_host_and_no_token(tmp_path):
     assert socket.gethostname() not in words
     values = RecipeParser().namespace(["--hub_token", "hf_secret"])
     assert "hf_secret" not in json.dumps(plain_flags(values))
+
+
+def test_no_secret_of_an_address():
+    secret = "http://user:swordfish@host/a.csv?sig=hush#x"
+    options = json.dumps({"labels": [secret], "b": 1})
+    argv = ["--data_dir", secret, f"--zero_shot_data_dir={secret}", "--dataset_options", options]
+    kept = [
+        plain_flags(RecipeParser().namespace(argv)),
+        without_secrets(argv),
+        settings_without_secrets({"data_dir": secret, "nested": {"of": [secret, 3, None]}}),
+    ]
+    words = json.dumps(kept)
+    assert not [word for word in ("user:", "swordfish", "hush") if word in words]
+    assert kept[0]["data_dir"] == "http://host/a.csv"
+    assert json.loads(kept[0]["dataset_options"]) == {"labels": ["http://host/a.csv"], "b": 1}
+    assert kept[2]["nested"] == {"of": ["http://host/a.csv", 3, None]}
 
 
 def test_the_state_of_the_code(monkeypatch):
