@@ -13,7 +13,7 @@ from typing import Any
 from launch.cli import ROOT
 from launch.manifest import RUN_FILE, run_id
 from launch.zero_shot import as_objective_sees, has_pairs
-from mm_moe.arguments import COLUMN_FLAGS, dataset_options, parse_json
+from mm_moe.arguments import COLUMN_FLAGS, STREAM_FLAGS, dataset_options, parse_json
 from mm_moe.checkpoint import store
 from mm_moe.data.augment import Augment
 from mm_moe.data.missing import MissingProtocol, kinds_for
@@ -121,9 +121,14 @@ def open_source(values: argparse.Namespace) -> DataSource:
     try:
         source = DATASETS.resolve(values.dataset)(values.data_dir, **options)
     except TypeError as error:
-        columns = [flag for flag in COLUMN_FLAGS if flag in str(error)]
-        hint = " Column flags are for --dataset columns." if columns else ""
-        raise ConfigError(f"--dataset_options for {values.dataset!r}: {error}.{hint}") from error
+        for flags, kind in ((COLUMN_FLAGS, "Column"), (STREAM_FLAGS, "Stream")):
+            for flag in flags:
+                if f"{flag!r}" in str(error):
+                    raise ConfigError(
+                        f"--{flag} does not go with --dataset {values.dataset!r}; leave it out. "
+                        f"{kind} flags are for --dataset columns."
+                    ) from error
+        raise ConfigError(f"--dataset_options for {values.dataset!r}: {error}.") from error
     source = as_objective_sees(source, values.objective)
     needed = [values.train_split]
     if values.eval_strategy != "no":
@@ -275,6 +280,9 @@ def _settings_of(fields: dict[str, Any]) -> dict[str, Any]:
     keys += ["fusion", "fusion_rank", "fusion_size", "head_hidden_size", "feature_norm"]
     keys += ["combine", "frozen", "pad_text"]
     found = {key: full[key] for key in keys if key in full}
+    for key in ("moe", "backbone_config"):  # by single settings, so that one that differs is named
+        parts = found.pop(key, None)
+        found |= {f"{key}.{name}": part for name, part in (parts or {}).items()}
     for name, own in full.get("members", {}).items():
         found |= {f"{name}: {key}": value for key, value in _settings_of(own).items()}
     return json.loads(json.dumps(found))

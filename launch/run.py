@@ -232,7 +232,7 @@ def execute(
     """Check everything, then train, score, report and publish.
 
     A rank that fails leaves the process group as it is: the launcher ends the others. Where all
-    stop together, by a signal or by numbers that stay bad, each leaves the group first.
+    stop together, by a signal or by bad numbers, each leaves the group first.
 
     Args:
         parser: of the flags.
@@ -265,7 +265,6 @@ def execute(
         pushing = Pushing(target, folder, strategy=str(values.hub_strategy))
         try:
             with start.ends(folder):
-                signals.check(where="nothing was begun")
                 train_and_finish(
                     settings,
                     source,
@@ -296,6 +295,7 @@ def train_and_finish(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
     """Train the model and those that it is compared with, then score and report."""
+    signals.check(where="nothing was begun")
     prompt, folder = settings.prompt.prompt, Path(str(settings.training.output_dir))
     run = train_one(
         settings,

@@ -4,7 +4,7 @@ Names follow open_clip, DeepSpeed and MoE-LLaVA where those have one. A recipe i
 these flags and of `TrainingArguments`' flags; a flag on the command line wins over the recipe.
 """
 
-from mm_moe.arguments.data import COLUMN_FLAGS, DataArguments, dataset_options
+from mm_moe.arguments.data import COLUMN_FLAGS, STREAM_FLAGS, DataArguments, dataset_options
 from mm_moe.arguments.json_flag import parse_json
 from mm_moe.arguments.model import (
     FLAG_OF_SETTING,
@@ -18,6 +18,7 @@ from mm_moe.arguments.run import RunArguments
 __all__ = [
     "COLUMN_FLAGS",
     "FLAG_OF_SETTING",
+    "STREAM_FLAGS",
     "DataArguments",
     "MoEArguments",
     "ModelArguments",

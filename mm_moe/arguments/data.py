@@ -27,7 +27,7 @@ def dataset_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
         value = arguments.get(flag)
         if value is None or value == STREAM_FLAGS.get(flag):
             continue
-        if options.get(flag, value) != value:
+        if flag in options and options[flag] != value:
             raise ConfigError(
                 f"--{flag} {value!r} contradicts --dataset_options, which says {options[flag]!r}; "
                 "give one of them."

@@ -140,9 +140,12 @@ def locate_remote(place: str, *, wanted: dict[str, str | None], remote: Remote) 
         remote: what reads them.
 
     Raises:
-        DataError: no table is named, several formats, or a name that is none.
+        DataError: no address, no table is named, several formats, or a name that is none.
     """
-    parts = urlsplit(place)
+    try:
+        parts = urlsplit(place)
+    except ValueError as error:
+        raise DataError(f"{shown_url(place)} is no address of the web ({error}).") from None
     names = {split: name for split, name in wanted.items() if name}
     path = PurePosixPath(parts.path)
     if path.suffix.lower() in FORMATS:

@@ -44,7 +44,7 @@ class RemoteError(DataError):
 
 
 class GoneError(RemoteError):
-    """The server says that nothing is there (404, 410)."""
+    """Nothing is there: the server says so (404, 410), or the address is none."""
 
 
 class NoLengthError(RemoteError):
@@ -323,9 +323,11 @@ def _reason(url: str, error: Exception) -> str:
         RemoteError: one that will not pass by waiting.
     """
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(cause, ssl.SSLCertVerificationError | http.client.InvalidURL):
+    if isinstance(cause, http.client.InvalidURL):
+        raise GoneError(f"{shown_url(url)} is no address of the web; correct it.") from None
+    if isinstance(cause, ssl.SSLCertVerificationError):
         raise RemoteError(
-            f"{shown_url(url)} cannot be read: {type(cause).__name__}, 1 try; check the address "
-            "and the server's certificate."
+            f"{shown_url(url)} cannot be read: {type(cause).__name__}, 1 try; check the server's "
+            "certificate."
         ) from None
     return "timed out" if isinstance(cause, TimeoutError) else type(cause).__name__

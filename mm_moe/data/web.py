@@ -16,8 +16,14 @@ def is_http(place: object) -> bool:
 
 
 def shown_url(url: str) -> str:
-    """An address for logs and records: without user, password, query and fragment."""
-    parts = urllib.parse.urlsplit(url)
+    """An address for logs and records: without user, password, query and fragment.
+
+    Of one that is none ("http://[x"), its first part alone.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return f"{url.partition(':')[0]}://..."
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
@@ -37,8 +43,15 @@ def web_opener() -> urllib.request.OpenerDirector:
 
 
 def request(url: str) -> urllib.request.Request:
-    """A request whose credentials stay with the host that they are for."""
-    parts = urllib.parse.urlsplit(url)
+    """A request whose credentials stay with the host that they are for.
+
+    Raises:
+        InvalidURL: the address is none.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise http.client.InvalidURL(str(error)) from None
     user, _, host = parts.netloc.rpartition("@")
     plain = parts._replace(netloc=host, path=urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;="))
     asked = urllib.request.Request(plain._replace(fragment="").geturl())

@@ -133,6 +133,8 @@ def _main(
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
+    # Loader workers start as in a real run; by the fork server each would import for seconds.
+    multiprocessing.set_start_method("fork", force=True)
     with open(Path(folder, f"{rank}.err"), "w") as log:
         faulthandler.dump_traceback_later(timeout_s, file=log, exit=True)
         try:

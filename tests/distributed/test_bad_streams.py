@@ -123,5 +123,5 @@ def test_limits_and_refusals_end_the_run_in_one_line_on_all_ranks(tmp_path):
         told = run_distributed(told_here, 1, closed, timeout_s=600)[0]
     assert told == (
         f"{server.url}/r1-0.png cannot be read: status 403 (Forbidden), 1 try; "
-        "check who may read it."
+        "check who may read it; a password or token in it is not kept, so give it at each start."
     )

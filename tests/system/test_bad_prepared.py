@@ -22,7 +22,15 @@ def test_column_flags(here):
     assert "--text_column 'kind' contradicts --dataset_options, which says 'words'" in said
     said = refused(ConfigError, "--image_column", "picture")
     assert "'emoji'" in said
+    assert "--image_column does not go with" in said
     assert "Column flags are for --dataset columns" in said
+    said = refused(ConfigError, "--stream_retries", "3")
+    assert "--stream_retries does not go with --dataset 'emoji'" in said
+    for timeout in ("nan", "0"):
+        said = refused(ConfigError, *argv, "--text_column", "words", "--stream_timeout_s", timeout)
+        assert f"stream_timeout_s ({float(timeout)}) must be more than 0" in said
+    said = refused(DataError, *argv, "--text_column", "words", "--data_dir", "http://u:secret@[x")
+    assert said.startswith("http://... is no address of the web")
 
 
 def test_a_split_without_labels_is_not_scored(here):
