@@ -156,7 +156,8 @@ def finish_run(run: Run, others: list[Run], folder: Path, argv: list[str]) -> No
     zero_shot = zero_shot_scores(run)
     if not runtime.is_main():
         return
-    write_manifest(folder, {**(read_manifest(folder) or {}), "bad_samples": run.scorer.bad_ids})
+    met = {"bad_samples": run.scorer.bad_ids, "stream_retries": run.stream_retries}
+    write_manifest(folder, {**(read_manifest(folder) or {}), **met})
     print()
     if zero_shot is not None:
         pretrained = str(run.settings.model.pretrained or "none")
