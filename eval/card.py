@@ -45,10 +45,10 @@ def write_card(
         pictures: the folder of the report, where there is one.
         name: of the model, for the Hub's table of results.
     """
-    found = [name for name in PICTURES if pictures is not None and (pictures / name).is_file()]
-    for name in found:
+    found = [file for file in PICTURES if pictures is not None and (pictures / file).is_file()]
+    for file in found:
         assert pictures is not None
-        put(folder, name, (pictures / name).read_bytes())
+        put(folder, file, (pictures / file).read_bytes())
     put(folder, CARD, model_card(record, scores, pictures=found, name=name))
 
 

@@ -67,8 +67,9 @@ def test_the_card_says_what_was_trained_on_what(tmp_path):
     folder = tmp_path / "final"
     folder.mkdir()
     (tmp_path / "expert_load.png").write_bytes(b"png")
-    card.write_card(folder, RECORD, SCORES, pictures=tmp_path)
+    card.write_card(folder, RECORD, SCORES, pictures=tmp_path, name="run7")
     text = (folder / "README.md").read_text()
+    assert [entry["name"] for entry in front(text)["model-index"]] == ["run7"]
     for words in (
         "# A sparse multimodal model trained on emoji",
         "`small_clip`, 4 experts per sparse layer (top 1), prompts `replay`",
