@@ -255,12 +255,10 @@ def execute(
         if target:
             check_hub.refuse_wrong_token(target)
         folder = claim_output(values, lock)
-        watchdog = Watchdog(folder, limit_s=values.hang_timeout_s)
-        watchdog.start()
+        (watchdog := Watchdog(folder, limit_s=values.hang_timeout_s)).start()
         values.resume_from_checkpoint = str(start.resume) if start.resume else None
         values.run_name = values.run_name or folder.name  # same after a resume
-        # trackers are ours, and none that the Trainer makes
-        start.report_to, values.report_to = values.report_to, "none"
+        start.report_to, values.report_to = values.report_to, "none"  # trackers are ours alone
         settings = parser.build(values)
         pushing = Pushing(target, folder, strategy=str(values.hub_strategy))
         try:
