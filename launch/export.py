@@ -36,6 +36,10 @@ def model_folder(run: Path, checkpoint: str | None) -> Path:
         CheckpointError: there is none, or it is damaged.
     """
     if checkpoint:
+        if Path(checkpoint).name != checkpoint:
+            raise ConfigError(
+                f"--checkpoint {checkpoint!r} must be latest or a checkpoint-N of {str(run)!r}."
+            )
         wanted = checkpoint if checkpoint == "latest" else str(run / checkpoint)
         return store.find(run, wanted, tell=tell)
     final = run / "final"
@@ -156,6 +160,8 @@ def main(argv: list[str]) -> int:
     taken = options.output and options.output.exists()
     if taken and (not options.output.is_dir() or any(options.output.iterdir())):
         raise ConfigError(f"--output {str(options.output)!r} is not empty; name a new folder.")
+    if options.output and any(place.is_file() for place in options.output.parents):
+        raise ConfigError(f"--output {str(options.output)!r} lies in a file; name another folder.")
     check_folder(source)
     if options.merge_lora:
         check_merge(source, options.output)

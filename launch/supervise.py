@@ -22,7 +22,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+
+import psutil
 
 from launch.cli import run_program
 from mm_moe.errors import (
@@ -34,6 +37,7 @@ from mm_moe.errors import (
 
 FINAL = (0, EXIT_REFUSED, EXIT_BAD_NUMBERS, EXIT_PREEMPTED, 130)
 LONGEST_PAUSE_S = 300.0
+SAVING_S = 600.0  # that processes may take to save, once the run is asked to end
 RESUME = "--resume_from_checkpoint"
 
 
@@ -108,7 +112,7 @@ class Supervised:
         self.command = command
         self.asked_to_end = threading.Event()
         self._process: subprocess.Popen | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._pass_on)
 
     def _pass_on(self, number: int, frame: object) -> None:
@@ -120,10 +124,27 @@ class Supervised:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
 
+    def _wait_for_group(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._group_lives() and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+    def _group_lives(self) -> bool:
+        """Whether a process of the group still runs; one that nobody reaps does not."""
+        assert self._process is not None
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                ours = os.getpgid(process.pid) == self._process.pid
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    return True
+        return False
+
     def run(self) -> int:
         """Start the command, wait for it, end what it left behind, and return its status."""
         self._process = subprocess.Popen(self.command, start_new_session=True)
         status = self._process.wait()
+        if self.asked_to_end.is_set():
+            self._wait_for_group(SAVING_S)  # `deepspeed` dies at once while its processes save
         self._signal_group(signal.SIGKILL)
         return 128 - status if status < 0 else status
 

@@ -30,6 +30,22 @@ sys.exit(int(end))
 """
 
 
+# Saves for a second when it is asked to end.
+SAVING = """
+import pathlib, signal, sys, time
+
+def save(*_):
+    time.sleep(1)
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit(75)
+
+signal.signal(signal.SIGUSR1, save)
+pathlib.Path(sys.argv[2]).touch()
+while True:
+    time.sleep(0.1)
+"""
+
+
 def supervised(tmp_path, ends, *flags, saves=False):
     """Status of the supervisor, and the child's starts."""
     script = tmp_path / "child.py"
@@ -39,13 +55,35 @@ def supervised(tmp_path, ends, *flags, saves=False):
     return status, (tmp_path / "starts").read_text().splitlines()
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
 @pytest.fixture(autouse=True)
 def handlers():
     """What the supervisor changes in this process is put back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
+
+
+def test_processes_that_outlive_their_launcher_may_save(tmp_path):
+    """As the `deepspeed` command: it dies of a signal at once, its processes save first."""
+    script, saved, ready = (tmp_path / name for name in ("rank.py", "saved", "ready"))
+    script.write_text(SAVING)
+    words = [str(script), str(saved), str(ready)]
+    launcher = f"import subprocess, sys; subprocess.call([sys.executable, *{words!r}])"
+    command = [sys.executable, "-c", launcher, "--output_dir", str(tmp_path)]
+    program = [sys.executable, "-m", "launch.supervise", "--", *command]
+    process = subprocess.Popen(program, cwd=Path(__file__).parents[3])
+    try:
+        while not ready.exists():
+            time.sleep(0.1)
+        process.send_signal(signal.SIGUSR1)
+        process.wait(60)
+    finally:
+        process.kill()
+    assert saved.exists()
 
 
 def test_a_killed_run_is_started_until_it_is_done(tmp_path):
