@@ -48,15 +48,14 @@ def test_a_folder_with_adapters_is_copied_as_it_is(tmp_path, capsys):
 
 
 def test_checkpoints_and_places_that_cannot_be(tmp_path):
+    words = ["--output", str(tmp_path / "o"), "--checkpoint", "../x/checkpoint-2"]
     with pytest.raises(ConfigError, match="must be latest or a checkpoint-N"):
-        words = ["--output", str(tmp_path / "o"), "--checkpoint", "../x/checkpoint-2"]
         export.main([str(tmp_path), *words])
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "model.safetensors").write_bytes(b"")
+    inside = tmp_path / "final" / "model.safetensors" / "x"
     with pytest.raises(ConfigError, match="lies in a file"):
-        export.main(
-            [str(tmp_path), "--output", str(tmp_path / "final" / "model.safetensors" / "x")]
-        )
+        export.main([str(tmp_path), "--output", str(inside)])
 
 
 def test_what_cannot_be_merged_is_said(tmp_path):
