@@ -12,7 +12,8 @@ from launch.checks import AUTO, typed_flags
 from launch.cli import RecipeParser
 from launch.finish import SECRET_FLAGS
 from launch.plan import as_if_launched
-from mm_moe.errors import ConfigError
+from mm_moe.checkpoint import store
+from mm_moe.errors import CheckpointError, ConfigError
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 # Slurm's forms of a time limit, and what each of their numbers counts in seconds.
@@ -132,6 +133,11 @@ def check_training(words: list[str], *, world_size: int, per_node: int) -> argpa
     with as_if_launched(world_size=world_size, gpus_per_node=per_node):
         check(values, words)
     # as the planner: nothing of the trainer's own start, which may need the GPUs of the job
+    if wanted == "latest" and not store.checkpoints(Path(given.output_dir or "")):
+        raise CheckpointError(
+            f"{str(given.output_dir)!r} holds no good checkpoint to resume from; take "
+            "--resume_from_checkpoint auto, which then starts anew."
+        )
     values.deepspeed, values.use_cpu, values.output_dir = None, True, "unused"
     recipe.build(values)
     return given

@@ -126,7 +126,7 @@ def open_data(saved: dict[str, Any], options: argparse.Namespace) -> DataSource:
     source: DataSource = DATASETS.resolve(saved["dataset"])(
         options.data_dir or saved["data_dir"], **dataset_options(saved)
     )
-    source = as_objective_sees(view_of(source, saved), saved["objective"])
+    source = as_objective_sees(view_of(source, saved), saved.get("objective", "supervised"))
     if source.problem_type == NO_LABEL and not has_pairs(source):
         raise ConfigError(f"data set {source.name!r} has no labels to score against.")
     if not options.split and has_pairs(source):

@@ -186,7 +186,7 @@ class MultimodalMoEConfig(PreTrainedConfig):
             return {}
         count = len(self.modalities)  # what only the model knows
         each = expert_settings(self.moe or {})
-        known: dict[str, Any] = {"num_modalities": count, "modalities": tuple(self.modalities)}
+        known: dict[str, Any] = {"num_modalities": count, "modalities": list(self.modalities)}
         each = [dataclasses.replace(settings, **known) for settings in each]
         if len(each) == 1:
             return dict.fromkeys(blocks, each[0])

@@ -86,7 +86,7 @@ class MoESettings:
     global_entropy_threshold: float | None = None
     bias_update_rate: float = 0.0
     by_modality: dict[str, dict[str, float]] | None = None
-    modalities: tuple[str, ...] | list[str] = ()
+    modalities: list[str] = dataclasses.field(default_factory=list)  # as JSON gives it back
     num_modalities: int = 0
     num_interactions: int = 4
     use_residual: bool = False

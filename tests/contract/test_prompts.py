@@ -278,6 +278,6 @@ def randomise(prompt: nn.Module) -> None:
 
 def test_moe_layer_accepts_the_extended_mask():
     layer = MoELayer(width=8, hidden=8, settings=MoESettings())
-    out, record = layer(torch.ones(1, 3, 8), torch.tensor([[True, True, False]]), 0)
+    out, record = layer(torch.ones(1, 3, 8), torch.tensor([[True, True, False]]))
     assert record.tokens_E.sum() == 2
     assert not out[0, 2].any()
