@@ -55,6 +55,7 @@ TEST_REQUIREMENTS = [
     "pytest-xdist>=3.8",
     "torchmetrics>=1.8",  # an independent peer of the scores
     "h5py>=3.13",  # features of IEMOCAP
+    "tensorboard>=2.20",  # reports of runs
     "ruff>=0.17",
     "mypy>=2",
     "types-PyYAML",
