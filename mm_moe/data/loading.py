@@ -44,6 +44,8 @@ class SampleLoader(DataLoader):
             failure = _plain(error)
         except RuntimeError as error:
             failure = worker_death(error, num_workers=self.num_workers)
+        except (EOFError, OSError) as error:
+            failure = _lost_handle(error, num_workers=self.num_workers)
         raise failure  # not above: the traceback there keeps the dead workers' iterator alive
 
 
@@ -59,7 +61,26 @@ def worker_death(error: RuntimeError, *, num_workers: int) -> DataError:
         raise error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    why = str(error).split("\n")[0].rstrip(". ")
+    return _death(str(error).split("\n")[0].rstrip(". "), num_workers=num_workers)
+
+
+def _lost_handle(error: EOFError | OSError, *, num_workers: int) -> DataError:
+    """The error of a worker that died between sending a batch and handing its memory over.
+
+    The batch comes through a queue, the handles of its tensors through a socket of the worker: this
+    process then meets the end of a file, a closed connection or a missing socket instead of
+    torch's own words.
+
+    Raises:
+        EOFError, OSError: the same, if it was raised within a worker or there are none.
+    """
+    if not num_workers or "Caught " in str(error):
+        raise error
+    why = f"DataLoader worker closed its connection: {type(error).__name__}"
+    return worker_death(RuntimeError(why), num_workers=num_workers)
+
+
+def _death(why: str, *, num_workers: int) -> DataError:
     return DataError(
         f"a process that loads data died ({why}), mostly because memory ran out: each of the "
         f"{num_workers} workers holds its own shuffle buffer. Lower --dataloader_num_workers or "

@@ -104,3 +104,29 @@ def test_a_worker_that_is_killed_is_told_in_one_line(tmp_path, monkeypatch):
         read_as_the_trainer(loader(tmp_path, workers=1))
     assert "\n" not in str(told.value)
     assert "--dataloader_num_workers" in str(told.value)
+
+
+def lost(error):
+    def fetch(_):
+        raise error
+
+    return fetch
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError(), ConnectionResetError(104, "reset"), FileNotFoundError(2, "no socket")]
+)
+def test_a_worker_that_dies_before_it_hands_a_batch_over_is_told_too(tmp_path, monkeypatch, error):
+    found = loader(tmp_path, workers=1)
+    monkeypatch.setattr("torch.utils.data.dataloader._BaseDataLoaderIter.__next__", lost(error))
+    with pytest.raises(DataError, match=f"closed its connection: {type(error).__name__}"):
+        list(found)
+
+
+@pytest.mark.parametrize(("workers", "text"), [(0, "x"), (1, "Caught OSError in DataLoader w")])
+def test_a_file_that_fails_is_not_taken_for_a_dead_worker(tmp_path, monkeypatch, workers, text):
+    found = loader(tmp_path, workers=workers)
+    fetch = lost(OSError(text))
+    monkeypatch.setattr("torch.utils.data.dataloader._BaseDataLoaderIter.__next__", fetch)
+    with pytest.raises(OSError, match=text):
+        list(found)
