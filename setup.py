@@ -55,6 +55,8 @@ TEST_REQUIREMENTS = [
     "pytest-xdist>=3.8",
     "torchmetrics>=1.8",  # an independent peer of the scores
     "h5py>=3.13",  # features of IEMOCAP
+    "scikit-survival>=0.24",  # the concordance index
+    "anndata>=0.12",  # matrices of genes and cells
     "tensorboard>=2.20",  # reports of runs
     "ruff>=0.17",
     "mypy>=2",
@@ -84,6 +86,8 @@ setup(
         "test": TEST_REQUIREMENTS,
         "iemocap": ["h5py>=3.13"],
         "fastmri": ["h5py>=3.13"],
+        "clinical": ["scikit-survival>=0.24", "nibabel>=5.3", "anndata>=0.12"],
+        "single_cell": ["anndata>=0.12", "scanpy>=1.11", "scib-metrics>=0.5.6"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",
