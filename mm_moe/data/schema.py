@@ -54,9 +54,13 @@ class DataSource(ABC):
         task: the family of scores, one of `TASKS`; None: that of the problem type.
         unlabelled: split -> why it cannot be scored.
         sequences: modality -> {"width", "length", "mean", "std"} where the payload is a sequence of
-            features (an array (T, width), or its float32 bytes).
+            features (an array (T, width), or its float32 bytes). An entry with the key "events" is
+            that of measurements at irregular times (see `mm_moe.data.events`).
         array_shapes: modality -> {"shape", "scale"} where the payload is a `PackedArray` of one
-            shape, whose values a model divides by the scale.
+            shape, whose values a model divides by the scale. A third key, "form", may say what the
+            array is: "table" (D,), "dosages" (D,) uint8 allele counts, or "volume" (1, Z, X, Y).
+        private: the rows are of patients: ids of samples are pseudonyms already, and no log, report
+            or checkpoint may hold anything of a row.
         remote: how the data's addresses are read; None: in the usual way.
     """
 
@@ -70,6 +74,7 @@ class DataSource(ABC):
     sequences: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     array_shapes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     remote: Remote | None = None
+    private: bool = False
 
     def __init__(self, data_dir: str | None = None) -> None:
         self.data_dir = None if data_dir is None else Path(data_dir).expanduser()

@@ -12,12 +12,14 @@ import datasets
 import pyarrow.parquet as pq
 
 from mm_moe.batch import PackedArray, Sample
+from mm_moe.data.events import EVENTS
 from mm_moe.data.reading import file_sha256, image_payload, reading, undecoded
 from mm_moe.data.schema import VQA, DataSource
 from mm_moe.errors import ConfigError, DataError
 
 FORMAT = "mm_moe.prepared.v1"
 INFO = "dataset_info.json"
+SEQUENCE_KEYS = ("width", "length", "mean", "std", EVENTS)
 
 
 class PreparedData(DataSource):
@@ -56,13 +58,14 @@ class PreparedData(DataSource):
         self.task = self.info["task"]
         self.license = self.info["license"]
         self.unlabelled = dict(self.info["unlabelled"])
+        self.private = bool(self.info.get("private", False))
         self.sequences = {
-            name: {key: about[key] for key in ("width", "length", "mean", "std")}
+            name: {key: about[key] for key in SEQUENCE_KEYS if key in about}
             for name, about in self.info["modalities"].items()
             if about["kind"] == "sequence"
         }
         self.array_shapes = {
-            name: {key: about[key] for key in ("shape", "scale")}
+            name: {key: about[key] for key in ("shape", "scale", "form") if key in about}
             for name, about in self.info["modalities"].items()
             if about["kind"] == "array"
         }
