@@ -14,6 +14,7 @@ from eval.patterns import ConditionScore, evaluate_conditions
 from mm_moe.data.collate import Collator, Interactions, Missing
 from mm_moe.data.schema import DataSource
 from mm_moe.data.streaming import SampleStream
+from mm_moe.data.support_batch import Supports
 from mm_moe.data.table import MissingTable
 from mm_moe.data.views import ViewCollator, ViewStream
 from mm_moe.moe.layer import couples_samples
@@ -36,6 +37,7 @@ class Scorer:
         max_bad_samples: undecodable samples that are borne.
         tables: split -> stored missing table, scored as one more condition of that split.
         bad_ids: the ids of those, over all ranks.
+        supports: training rows for a fill that asks for them.
         signals: of this process; one that asks it to stop cuts a scoring short on all ranks.
     """
 
@@ -47,6 +49,7 @@ class Scorer:
     tables: dict[str, MissingTable] = field(default_factory=dict)
     bad_ids: list[str] = field(default_factory=list)
     signals: StopSignals | None = None
+    supports: Supports | None = None
 
     def collator(
         self, missing: Missing | None, *, interactions: Interactions | None = None
@@ -62,6 +65,7 @@ class Scorer:
             max_bad_samples=self.max_bad_samples,
             interactions=interactions,
             remote=self.source.remote,
+            supports=self.supports,
         )
 
     def predict(self, missing: Missing | None, split: str) -> Predictions:

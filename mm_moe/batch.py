@@ -106,6 +106,8 @@ class Batch(dict):
         interaction: (B,) int64, the type of the interaction between a sample's modalities,
             IGNORED_LABEL where a row has none; or its weights (B, Q) float, rows of zeros. It holds
             the label: the key is there only in training, under `--interaction_table`.
+        supports: training rows that have what samples lack, see `mm_moe.data.support_batch`; the
+            key is there only for a fill that asks for it.
     """
 
     @classmethod

@@ -7,7 +7,10 @@ on any number of processes, in any order, after any resume, and on any machine.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import struct
+from collections.abc import Iterator
 
 
 def draws(
@@ -29,6 +32,23 @@ def draws(
     # 53 bits each: the whole precision of a float below 1, so 1.0 itself cannot come out.
     first, second = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
     return (first >> 11) / 2**53, (second >> 11) / 2**53
+
+
+def numbers(key: str, *, purpose: str, dataset: str, seed: int = 0) -> Iterator[int]:
+    """Endless independent numbers in [0, 2**64) that belong to a key.
+
+    Args:
+        key: what the numbers are for, such as a sample in an epoch.
+        purpose: as in `draws`.
+        dataset: name of the data set.
+        seed: another seed gives other numbers.
+    """
+    message = json.dumps([dataset, seed, key]).encode()
+    for block in itertools.count():
+        digest = hashlib.blake2b(
+            block.to_bytes(8, "big") + message, digest_size=64, person=purpose.encode()
+        ).digest()
+        yield from struct.unpack(">8Q", digest)
 
 
 def split_of(key: str, *, dataset: str, shares: dict[str, float], seed: int = 0) -> str:

@@ -45,6 +45,21 @@ class Interactions(Protocol):
         """Int64 (B,), or float (B, Q)."""
 
 
+class Support(Protocol):
+    """What adds supports to a batch: `support_batch.Supports`."""
+
+    def pack(
+        self,
+        samples: Sequence[Sample],
+        present_BM: Tensor,
+        *,
+        modalities: Sequence[str],
+        processors: Mapping[str, Processor],
+        decode: Callable[[str, Any], Any],
+    ) -> dict[str, dict[str, Any]]:
+        """The batch's key "supports"."""
+
+
 class Collator:
     """Builds a `Batch` from `Sample` objects.
 
@@ -62,6 +77,7 @@ class Collator:
         remote: how images at addresses are read.
         variation: of captions and pictures in training; None: the first caption, unchanged
             pictures.
+        supports: gives the key "supports", or None.
 
     Attributes:
         bad: id -> reason, of such samples that *this process* met or was told of, in order. In a
@@ -85,6 +101,7 @@ class Collator:
         interactions: Interactions | None = None,
         remote: Remote | None = None,
         variation: Variation | None = None,
+        supports: Support | None = None,
     ) -> None:
         lacking = [name for name in modalities if name not in processors]
         if lacking:
@@ -92,7 +109,7 @@ class Collator:
         self.modalities, self.processors = tuple(modalities), processors
         self.problem_type, self.num_labels = problem_type, num_labels
         self.missing, self.max_bad_samples = missing, max_bad_samples
-        self.interactions = interactions
+        self.interactions, self.supports = interactions, supports
         self.remote, self.variation = remote or Remote(), variation
         self.vectors = frozenset(vectors)
         self.bad: dict[str, str] = {}
@@ -138,6 +155,14 @@ class Collator:
         labels = self._labels(samples, present_BM.any(-1))
         interaction = None if self.interactions is None else self.interactions(ids)
         batch = Batch.of(ids, present_BM, inputs, labels, interaction)
+        if self.supports is not None:
+            batch["supports"] = self.supports.pack(
+                samples,
+                present_BM,
+                modalities=self.modalities,
+                processors=self.processors,
+                decode=self._plain,
+            )
         if self._fresh and torch.utils.data.get_worker_info() is not None:
             batch[BAD] = self._fresh
         self._fresh = {}
@@ -160,6 +185,23 @@ class Collator:
         if self.variation is None:
             return image
         return self.variation.picture(sample, image, modality=modality)
+
+    def _plain(self, modality: str, value: Any) -> Any:
+        """A support's value as evaluation sees it, or None for one that does not decode.
+
+        It is not counted: its own row is, when training comes to it.
+        """
+        if isinstance(value, PackedArray) or modality in self.vectors:
+            return value
+        if base_modality(modality) == TEXT:
+            value = value.first if isinstance(value, Captions) else value
+            return None if isinstance(value, bytes) else value
+        if base_modality(modality) != IMAGE:
+            return value
+        try:
+            return decode_image(value, remote=self.remote)
+        except UndecodableImageError:
+            return None
 
     def _text(self, sample: Sample, value: Any) -> Any:
         """One text of a sample."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -110,6 +110,14 @@ class DataSource(ABC):
             DataError: as `stream` and `to_sample`.
         """
         yield from map(self.to_sample, self.stream(split))
+
+    def samples_at(self, split: str, places: Sequence[int]) -> list[Sample] | None:
+        """Samples by their places in the order of `stream`, of a set with random access.
+
+        Returns:
+            None: the set has none, whatever the places.
+        """
+        return None
 
     @abstractmethod
     def fingerprint(self) -> str:

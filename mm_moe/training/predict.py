@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,11 +146,14 @@ def _labels(batch: Batch) -> np.ndarray:
 
 def _floats_as(batch: Batch, dtype: torch.dtype) -> Batch:
     """Cast the payloads to the model's dtype; labels keep theirs."""
-    inputs = {
-        modality: {
-            key: entry.to(dtype) if entry.is_floating_point() else entry
-            for key, entry in payload.items()
-        }
-        for modality, payload in batch.inputs.items()
-    }
-    return Batch.of(batch.ids, batch.present, inputs, batch.labels)
+    found = Batch.of(batch.ids, batch.present, _cast(batch.inputs, dtype), batch.labels)
+    if "supports" in batch:
+        found["supports"] = _cast(batch["supports"], dtype)
+    return found
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors of nested dicts as `dtype`."""
+    if isinstance(value, dict):
+        return {key: _cast(entry, dtype) for key, entry in value.items()}
+    return value.to(dtype) if value.is_floating_point() else value
