@@ -76,6 +76,7 @@ BACKBONES = Registry(
         "blip2": "mm_moe.backbones.blip2:Blip2Backbone",
         "sequences": "mm_moe.backbones.sequences:SequencesBackbone",
         "small": "mm_moe.backbones.small:SmallBackbone",
+        "clinical": "mm_moe.backbones.clinical:ClinicalBackbone",
         "text_encoder": "mm_moe.backbones.text_encoder:TextEncoderBackbone",
         "timm": "mm_moe.backbones.timm_image:TimmBackbone",
         "dual": "mm_moe.backbones.dual:DualBackbone",

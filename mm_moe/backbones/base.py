@@ -4,8 +4,7 @@ A tower runs its library's own modules; between the blocks an `Edit` may add or 
 block's feed-forward may have been replaced by a `MoELayer`. With neither, the numbers are the
 library's own.
 
-Axes: N rows of one modality that are present, L tokens of a row, D width, P extra key/value pairs,
-H attention heads.
+Axes: N present rows of one modality, L tokens of a row, D width, P extra key/value pairs, H heads.
 """
 
 from __future__ import annotations
@@ -55,10 +54,12 @@ class ArrayNeeds:
     Attributes:
         shape: of one row.
         scale: its values are divided by this.
+        mean: after this was taken away from them.
     """
 
     shape: tuple[int, ...]
     scale: float = 1.0
+    mean: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,7 @@ class Backbone(nn.Module):
     supported: ClassVar[tuple[str, ...]] = ()
     takes_sequences: ClassVar[bool] = False  # whether modalities are feature sequences
     takes_arrays: ClassVar[bool] = False  # whether modalities can be arrays of one shape
+    num_tokens: int = 1  # that a feature consists of, side by side and of one width
     settings: dict[str, Any]
     towers: nn.ModuleDict
 

@@ -67,7 +67,7 @@ class SequenceProcessor:
 
 
 class ArrayProcessor:
-    """List of arrays of one shape -> {"values": float32 (N, *shape)}, divided by the scale."""
+    """List of arrays of one shape -> {"values": float32 (N, *shape)}, (value - mean) / scale."""
 
     def __init__(self, needs: ArrayNeeds) -> None:
         self.needs = needs
@@ -80,5 +80,8 @@ class ArrayProcessor:
                 raise DataError(
                     f"an array has shape {array.shape}; the model takes {self.needs.shape}."
                 )
-        values = np.stack(arrays).astype(FLOAT) / np.float32(self.needs.scale)
+        values = np.stack(arrays).astype(FLOAT)
+        if self.needs.mean:
+            values -= np.float32(self.needs.mean)
+        values /= np.float32(self.needs.scale)
         return {"values": torch.from_numpy(values)}

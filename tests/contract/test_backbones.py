@@ -80,6 +80,20 @@ TINY["small"] = {
         "audio": {"shape": [2, 9, 8], "scale": 1.0},
     },
 }
+TINY["clinical"] = {
+    "num_tokens": 3,
+    "token_width": 8,
+    "num_blocks": 2,
+    "num_heads": 2,
+    "towers": {"genomic": {"kind": "dosage"}, "volume": {"channels": 2}},
+    "sequences": {
+        "table": {"width": 5, "length": 1},
+        "genomic": {"width": 7, "length": 1},
+        "series": {"width": 3, "length": 5},
+        "events": {"width": 3, "length": 6, "events": {"variables": ["a", "b"], "hours": 48.0}},
+    },
+    "arrays": {"volume": {"shape": [6, 7, 5], "scale": 2.0, "mean": 1.0}},
+}
 TINY["features"] = {
     "sequences": {"image": {"width": 6, "length": 1}, "text": {"width": 6, "length": 1}}
 }
