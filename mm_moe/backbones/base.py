@@ -236,7 +236,7 @@ class Backbone(nn.Module):
     supported: ClassVar[tuple[str, ...]] = ()
     takes_sequences: ClassVar[bool] = False  # whether modalities are feature sequences
     takes_arrays: ClassVar[bool] = False  # whether modalities can be arrays of one shape
-    num_tokens: int = 1  # that a feature consists of, side by side and of one width
+    num_tokens: int = 1  # that make up a feature, side by side
     settings: dict[str, Any]
     towers: nn.ModuleDict
 
