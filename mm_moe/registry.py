@@ -142,6 +142,8 @@ DATASETS = Registry(
         "vqa_v2": "mm_moe.data.sets.prepared:VqaV2Data",
         "vqa_vs": "mm_moe.data.sets.prepared:VqaVsData",
         "nlvr2": "mm_moe.data.sets.prepared:Nlvr2Data",
+        "tcga_luad": "mm_moe.data.sets.tcga_luad:TcgaLuadData",
+        "physionet2012": "mm_moe.data.sets.physionet2012:Physionet2012Data",
     },
 )
 RAW_DATASETS = Registry(

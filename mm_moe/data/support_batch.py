@@ -33,7 +33,7 @@ class Supports:
         seed: another seed, other supports.
         num_supports: rows for each sample and modality that it lacks; None: as many as it has
             modalities (at least 1).
-        whole: bring all that a support has, and not only the modality that it was drawn for.
+        others: bring all that a support has, and not only the modality that it was drawn for.
     """
 
     index: SupportIndex
@@ -41,7 +41,7 @@ class Supports:
     dataset: str
     seed: int = 0
     num_supports: int | None = None
-    whole: bool = False
+    others: bool = False
 
     def __post_init__(self) -> None:
         if self.num_supports is not None and self.num_supports < 1:
@@ -50,7 +50,9 @@ class Supports:
                 "as a sample has modalities."
             )
 
-    def draw(self, samples: Sequence[Sample], present_BM: Tensor, m: int, name: str) -> list[Any]:
+    def draw(
+        self, samples: Sequence[Sample], present_BM: Tensor, m: int, name: str
+    ) -> list[list[int]]:
         """The support rows of each sample that lacks modality `m`, in the order of the batch."""
         own_B = pattern_index(present_BM).tolist()
         found = []
@@ -79,9 +81,11 @@ class Supports:
         "rows": int64 (Q, n), places among the S rows for each sample that lacks the modality, in
             the order of the batch; -1 is padding;
         "present": bool (S, M), what each support row has;
-        "index": int64 (S,), its number in the training split.
+        "index": int64 (S,), its number in the training split;
+        "others": if wanted, modality -> packed payload of those of the S rows that have it, too.
 
-        A support whose image or text does not decode is left out.
+        A support whose image or text does not decode is left out; among the others it counts as
+        missing.
         """
         draws = {name: self.draw(samples, present_BM, m, name) for m, name in enumerate(modalities)}
         wanted = {name: {row for rows in drawn for row in rows} for name, drawn in draws.items()}
@@ -90,25 +94,52 @@ class Supports:
         width = self.num_supports or max(len(modalities) - 1, 1)
         packed = {}
         for m, name in enumerate(modalities):
-            rows = [row for row in everyone if self._brings(row, m, wanted[name])]
-            values = {row: decode(name, payload_of[row][name]) for row in rows}
-            rows = [row for row in rows if values[row] is not None]
+            values = {row: decode(name, payload_of[row][name]) for row in sorted(wanted[name])}
+            rows = [row for row, value in values.items() if value is not None]
+            present_SM = self._present(rows)
             packed[name] = {
                 "inputs": processors[name]([values[row] for row in rows]) if rows else {},
                 "rows": _places(draws[name], {row: s for s, row in enumerate(rows)}, width=width),
-                "present": self._present(rows),
+                "present": present_SM,
                 "index": torch.tensor(rows, dtype=torch.int64),
             }
+            if self.others:
+                have = {o: other for o, other in enumerate(modalities) if o != m}
+                payloads = [payload_of[row] for row in rows]
+                found = {
+                    other: _other(
+                        payloads,
+                        other,
+                        present_SM[:, o],  # a view: what does not decode is taken from it
+                        processor=processors[other],
+                        decode=decode,
+                    )
+                    for o, other in have.items()
+                }
+                packed[name]["others"] = {other: value for other, value in found.items() if value}
         return packed
-
-    def _brings(self, row: int, m: int, wanted: set[int]) -> bool:
-        """Whether a drawn row's modality `m` is packed."""
-        return row in wanted or (self.whole and bool(self.index.pattern_N[row] >> m & 1))
 
     def _present(self, rows: list[int]) -> Tensor:
         """Bool (S, M)."""
         pattern_S = torch.from_numpy(self.index.pattern_N[rows].astype("int64"))
         return (pattern_S[:, None] >> torch.arange(self.index.num_modalities) & 1).bool()
+
+
+def _other(
+    payloads: Sequence[Mapping[str, Any]],
+    name: str,
+    present_S: Tensor,
+    *,
+    processor: Processor,
+    decode: Decode,
+) -> dict[str, Tensor]:
+    """A further modality of S support rows, packed; what does not decode is marked as missing."""
+    values = []
+    for s, payload in enumerate(payloads):
+        value = decode(name, payload[name]) if present_S[s] else None
+        present_S[s] = value is not None
+        values += [value] if value is not None else []
+    return processor(values) if values else {}
 
 
 def _places(drawn: list[list[int]], place_of: Mapping[int, int], *, width: int) -> Tensor:

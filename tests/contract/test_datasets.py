@@ -20,7 +20,7 @@ from mm_moe.data.schema import PROBLEM_TYPES, TASKS, DataSource
 from mm_moe.data.streaming import SampleStream
 from mm_moe.errors import DataError
 from mm_moe.registry import DATASETS, RAW_DATASETS
-from tests import pairs_data, raw_layouts
+from tests import pairs_data, patient_layouts, raw_layouts
 
 LOOK = 200  # samples of a split that are looked at
 
@@ -92,6 +92,10 @@ BUILD = {
     "vqa_rad": lambda cls, tmp: cls(str(shared_data()), questions="all"),
     "nlvr": lambda cls, tmp: cls(str(shared_data())),
     "grocery": lambda cls, tmp: cls(str(shared_data())),
+    "tcga_luad": lambda cls, tmp: cls(str(patient_layouts.tcga_luad(tmp))),
+    "physionet2012": lambda cls, tmp: cls(
+        str(patient_layouts.physionet2012(tmp)), split_series=True
+    ),
 }
 
 

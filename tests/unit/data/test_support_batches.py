@@ -151,14 +151,22 @@ def test_as_many_supports_as_modalities_by_default(tmp_path):
     assert (lab["rows"] >= 0).sum(1).tolist() == [2]
 
 
-def test_whole_supports_bring_their_other_modalities(tmp_path):
-    source = Clinic(own_access=True)
-    only = [samples(source)[1]]  # lacks its text
-    found = collator(supports_of(source, tmp_path, whole=True))(only)["supports"]
-    assert found["lab"]["index"].tolist() == found["text"]["index"].tolist() == [4, 5]
-    assert found["lab"]["rows"].shape == (0, 2)
-    plain = collator(supports_of(source, tmp_path))(only)["supports"]
-    assert plain["lab"]["index"].tolist() == []
+def test_supports_bring_their_other_modalities_where_these_are_compared(tmp_path):
+    source = Clinic(own_access=True, rows=[*ROWS[:4], (4.0, "e", None), (5.0, b"\xff", 15)])
+    only = [samples(source)[0]]  # the sample has everything but, below, its lab value
+    only[0].payload.pop("lab")
+    only[0].payload.pop("volume")
+    lab = collator(supports_of(source, tmp_path, others=True, num_supports=3))(only)["supports"][
+        "lab"
+    ]
+    # rows 2, 4 and 5 have a lab value and a text, which row 5's does not turn out to be
+    assert lab["index"].tolist() == [2, 4, 5]
+    assert lab["others"]["text"]["ids"].tolist() == [[ord("c")], [ord("e")]]
+    assert lab["others"]["volume"]["values"].flatten().tolist() == [15.0]
+    has = [[True, True, False], [True, True, False], [True, False, True]]
+    assert lab["present"].tolist() == has
+    plain = collator(supports_of(source, tmp_path))(only)["supports"]["lab"]
+    assert "others" not in plain
 
 
 def test_a_support_that_does_not_decode_is_padding(tmp_path):
