@@ -51,11 +51,21 @@ def report(info: dict[str, Any], output: Path) -> None:
             why = ", ".join(f"{n:,} {reason}" for reason, n in record["reasons"].items())
             parts.append(f"{record['quarantined']:,} in quarantine: {why}")
         print(f"{split}: {'; '.join(parts)}")
+    for what, found in info["findings"].items():
+        if found and not (isinstance(found, dict) and "columns" in found):
+            print(f"{what}: {_told(found)}")
     for split, why in info["unlabelled"].items():
         print(f"{split} cannot be scored: {why}")
     if any(record["quarantined"] for record in info["splits"].values()):
         print(f"the rows in quarantine are named in {output / QUARANTINE}")
     print(f"written to {output}; stream it with --dataset {info['name']} --data_dir {output}")
+
+
+def _told(found: Any) -> str:
+    """A count, a list of names, or lists by name, as words."""
+    if isinstance(found, dict):
+        return "; ".join(f"{name}: {_told(one)}" for name, one in found.items())
+    return ", ".join(map(str, found)) if isinstance(found, list) else str(found)
 
 
 def main(argv: list[str]) -> int:

@@ -144,6 +144,7 @@ DATASETS = Registry(
         "nlvr2": "mm_moe.data.sets.prepared:Nlvr2Data",
         "tcga_luad": "mm_moe.data.sets.tcga_luad:TcgaLuadData",
         "physionet2012": "mm_moe.data.sets.physionet2012:Physionet2012Data",
+        "adni": "mm_moe.data.sets.prepared:AdniData",
     },
 )
 RAW_DATASETS = Registry(
@@ -166,6 +167,7 @@ RAW_DATASETS = Registry(
         "vqa_v2": "mm_moe.data.prepare.vqa:VqaV2Raw",
         "vqa_vs": "mm_moe.data.prepare.vqa:VqaVsRaw",
         "nlvr2": "mm_moe.data.prepare.nlvr2:Nlvr2Raw",
+        "adni": "mm_moe.data.prepare.adni:AdniRaw",
     },
 )
 OBJECTIVES = Registry(

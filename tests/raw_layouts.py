@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tests.av_mnist_layouts import av_mnist, avmnist_npy
+from tests.clinical_layouts import adni
 from tests.raw_slices import fastmri_knee
 
 
@@ -368,3 +369,6 @@ MAKERS |= {"vqa_v2": vqa_v2, "vqa_vs": vqa_vs, "nlvr2": nlvr2}
 
 
 MAKERS |= {"fastmri_knee": fastmri_knee}
+
+
+MAKERS |= {"adni": adni}

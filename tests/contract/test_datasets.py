@@ -49,6 +49,9 @@ def prepared(cls, tmp_path: Path) -> DataSource:
     name = cls.expected or "food101"
     if name in ("iemocap", "fastmri_knee"):
         pytest.importorskip("h5py", reason="pip install h5py")
+    if name == "adni":
+        for needed in ("nibabel", "anndata"):
+            pytest.importorskip(needed, reason="pip install -e '.[clinical]'")
     raw = raw_layouts.MAKERS[name](tmp_path / "raw")
     flags = ["--source", str(raw), "--output", str(tmp_path / "out")]
     assert prepare_data.main([name, *flags]) == 0

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from mm_moe.data.decode import UndecodableImageError, decode_image
-from mm_moe.data.prepare.raw import ARRAYS, IMAGES, SEQUENCES, RawRow
+from mm_moe.data.events import check_events
+from mm_moe.data.prepare.raw import ARRAYS, EVENT_LISTS, IMAGES, SEQUENCES, RawRow
 from mm_moe.data.schema import check_label
 from mm_moe.errors import DataError
 
@@ -36,6 +37,7 @@ class Rules:
         num_labels: number of classes.
         needs_label: False in a split that is known to have none.
         trims_padding: see `RawDataSet`.
+        variables: modality of events -> how many variables it has.
     """
 
     kinds: Mapping[str, str]
@@ -43,6 +45,7 @@ class Rules:
     num_labels: int
     needs_label: bool
     trims_padding: bool = True
+    variables: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ def _read(value: Any, kind: str, modality: str, rules: Rules) -> Any:
         return _sequence(value, modality, trims=rules.trims_padding)
     if kind == ARRAYS:
         return _array(value, modality)
+    if kind == EVENT_LISTS:
+        return _events(value, modality, num_variables=rules.variables[modality])
     return str(value) if str(value).strip() else None
 
 
@@ -153,6 +158,14 @@ def _array(value: Any, modality: str) -> np.ndarray:
     if not (np.abs(array) <= LARGEST).all():
         raise BadRowError(f"NaN, infinite or too large values in {modality}")
     return np.ascontiguousarray(array, dtype=FLOAT)
+
+
+def _events(value: Any, modality: str, *, num_variables: int) -> np.ndarray:
+    array_T3 = np.ascontiguousarray(value, dtype=FLOAT)
+    fault = check_events(array_T3, num_variables=num_variables)
+    if fault:
+        raise BadRowError(f"{modality}: {fault}")
+    return array_T3
 
 
 def _sequence(value: Any, modality: str, *, trims: bool) -> np.ndarray | None:

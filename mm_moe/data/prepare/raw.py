@@ -20,7 +20,21 @@ from mm_moe.errors import DataError
 
 IMAGES, TEXTS, SEQUENCES = "image", "text", "sequence"  # kinds of payload
 ARRAYS = "array"  # numbers of one shape, uint8 or float32
+EVENT_LISTS = "events"  # measurements at irregular times, see `mm_moe.data.events`
 SPLITS = ("train", "validation", "test")  # our names; adapters map the published ones
+
+
+@dataclass(frozen=True)
+class Volume:
+    """How a vector becomes a volume: its values go to the places of a mask, 0 elsewhere.
+
+    Attributes:
+        mask: bool (X, Y, Z), as many True as the vector is long.
+        axes: order of the mask's axes in the volume that a model sees, behind its channel.
+    """
+
+    mask: Any
+    axes: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,12 @@ class RawDataSet(ABC):
         statistics_over: splits whose rows give mean and spread of the sequences; none: the values
             are used as they are.
         needs_labels: a row without a label is bad, in splits that have labels.
+        private: ids, groups and mask keys become pseudonyms, and no fault repeats a value.
+        groups_apart: a group (a patient) in two splits is an error.
+        forms: array modality -> what it is, see `DataSource.array_shapes`.
+        volumes: array modality -> how its vectors are to be laid out.
+        variables: modality of events -> the names of its variables.
+        hours: width of the window of the events.
 
     Raises:
         DataError: the folder is not in this layout; names the first file that is missing.
@@ -83,6 +103,12 @@ class RawDataSet(ABC):
     scales: Mapping[str, float] = MappingProxyType({})
 
     needs_labels: bool = True
+    private: bool = False
+    groups_apart: bool = False
+    forms: Mapping[str, str] = MappingProxyType({})
+    volumes: Mapping[str, Volume] = MappingProxyType({})
+    variables: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    hours: float = 0.0
 
     def __init__(self, source: Path) -> None:
         self.source = source
@@ -105,6 +131,18 @@ class RawDataSet(ABC):
     @property
     def options(self) -> dict[str, Any]:
         """The adapter's own options, for the record."""
+        return {}
+
+    def key_files(self) -> list[Path]:
+        """The files whose content makes the key of the pseudonyms; none of them is public."""
+        return self.indices()
+
+    def findings(self) -> dict[str, Any]:
+        """What the rows showed, as counts and names of columns; asked for after all rows."""
+        return {}
+
+    def extras(self) -> dict[str, bytes]:
+        """Name -> content of further files for the output; only their owner may read them."""
         return {}
 
     def need(self, *parts: str) -> Path:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from mm_moe.data.events import EventStatistics, event_entry
+
 
 class SequenceStatistics:
     """Running sums of one modality; every step of every counted sequence weighs the same."""
@@ -83,3 +85,30 @@ class ArrayShape:
     def record(self) -> dict[str, Any]:
         """{"shape", "dtype", "scale"}."""
         return {"shape": list(self.shape or ()), "dtype": self.dtype, "scale": self.scale}
+
+
+class EventShape:
+    """Vocabulary and statistics of one modality of events."""
+
+    def __init__(self, variables: tuple[str, ...], *, hours: float) -> None:
+        self.variables, self.hours = variables, hours
+        self.length = 0
+        self.statistics = EventStatistics(len(variables))
+
+    def see(self, array_T3: np.ndarray | None, *, count: bool) -> str | None:
+        """Take note of a row's events, whose form was checked; nothing can be wrong here."""
+        if array_T3 is not None:
+            self.length = max(self.length, len(array_T3))
+            if count:
+                self.statistics.add(array_T3)
+        return None
+
+    def record(self) -> dict[str, Any]:
+        """An entry of `DataSource.sequences`, with its kind: events are sequences of width 3."""
+        entry = event_entry(
+            self.variables,
+            statistics=self.statistics.record(),
+            length=self.length,
+            hours=self.hours,
+        )
+        return {"kind": "sequence", "dtype": "float32", **entry}

@@ -4,6 +4,10 @@ The folder holds `SPLIT-NNNNN.parquet` shards (id, group, one column per modalit
 `dataset_info.json` and `quarantine.jsonl`. Images stay encoded, texts are texts, a sequence is the
 bytes of its float32 array, whose width is in `dataset_info.json`; an array is its bytes, with shape
 and type there.
+
+In private data the shards hold pseudonyms. `ids.csv` translates them; it, and a split file that an
+adapter deals, are the only files with the download's own identifiers. Only their owner may read
+them, and nothing here does: leave them out when you hand the folder on.
 """
 
 from __future__ import annotations
@@ -15,14 +19,24 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mm_moe.data.prepare.check import CheckedRow, Rules, check_row
-from mm_moe.data.prepare.raw import ARRAYS, IMAGES, SEQUENCES, RawDataSet
+from mm_moe.data.prepare.masked import write_mask
+from mm_moe.data.prepare.pseudonyms import Pseudonyms, write_owned
+from mm_moe.data.prepare.raw import (
+    ARRAYS,
+    EVENT_LISTS,
+    IMAGES,
+    SEQUENCES,
+    RawDataSet,
+    RawRow,
+)
 from mm_moe.data.prepare.shards import SplitWriter
-from mm_moe.data.prepare.statistics import ArrayShape, SequenceStatistics
+from mm_moe.data.prepare.statistics import ArrayShape, EventShape, SequenceStatistics
 from mm_moe.data.reading import file_sha256
 from mm_moe.data.sets.prepared import FORMAT, INFO
 from mm_moe.errors import ConfigError, DataError
@@ -112,18 +126,26 @@ class _Preparation:
         self.raw, self.folder = raw, folder
         self.workers, self.max_bad_ratio = workers, max_bad_ratio
         self.split_of: dict[str, str] = {}  # id -> the split that has it
-        self.statistics: dict[str, SequenceStatistics | ArrayShape] = {}
+        self.split_of_group: dict[str, str] = {}
+        self.pseudonyms = Pseudonyms.of(raw) if raw.private else None
+        self.statistics: dict[str, SequenceStatistics | ArrayShape | EventShape] = {}
         for name, kind in raw.kinds.items():
             if kind == SEQUENCES:
                 self.statistics[name] = SequenceStatistics(name)
             elif kind == ARRAYS:
                 self.statistics[name] = ArrayShape(name, scale=raw.scales.get(name, 1.0))
+            elif kind == EVENT_LISTS:
+                self.statistics[name] = EventShape(raw.variables[name], hours=raw.hours)
 
     def run(self) -> dict[str, Any]:
         """Write every split, then the record."""
         with (self.folder / QUARANTINE).open("w", encoding="utf-8") as quarantine:
             splits = {split: self._split(split, quarantine) for split in self.raw.splits()}
         raw = self.raw
+        if self.pseudonyms:
+            self.pseudonyms.write(self.folder)
+        for name, content in raw.extras().items():
+            write_owned(self.folder / name, content)
         info = {
             "format": FORMAT,
             "name": raw.name,
@@ -136,6 +158,8 @@ class _Preparation:
             "license": raw.license,
             "notes": list(raw.notes),
             "options": raw.options,
+            "private": raw.private,
+            "findings": raw.findings(),
             "unlabelled": raw.unlabelled,
             "splits": splits,
             "sources": {
@@ -146,7 +170,15 @@ class _Preparation:
         return info
 
     def _shape(self, modality: str) -> dict[str, Any]:
-        return self.statistics[modality].record() if modality in self.statistics else {}
+        if modality not in self.statistics:
+            return {}
+        record = self.statistics[modality].record()
+        if modality in self.raw.forms:
+            record["form"] = self.raw.forms[modality]
+        if modality in self.raw.volumes:
+            volume = self.raw.volumes[modality]
+            record |= write_mask(self.folder, modality, volume.mask, volume.axes)
+        return record
 
     def _split(self, split: str, quarantine: Any) -> dict[str, Any]:
         """Write one split and return its record."""
@@ -159,7 +191,8 @@ class _Preparation:
             for row in self._checked(split):
                 fault = row.fault or self._claim(row, split)
                 if fault:
-                    line = {"split": split, "id": row.id, "reason": fault}
+                    reason = _kind(fault) if self.raw.private else fault
+                    line = {"split": split, "id": row.id, "reason": reason}
                     quarantine.write(json.dumps(line) + "\n")
                     reasons[_kind(fault)] += 1
                     bad.append(row.id)
@@ -184,12 +217,36 @@ class _Preparation:
         """Take note of a good row; a fault if its id or its sequences' widths do not fit."""
         if row.id in self.split_of:
             return f"duplicate id, first in {self.split_of[row.id]}"
+        if self.raw.groups_apart:
+            self._keep_apart(row, split)
         for name, statistics in self.statistics.items():
             fault = statistics.see(row.payload.get(name), count=split in self.raw.statistics_over)
             if fault:
                 return fault
         self.split_of[row.id] = split
         return None
+
+    def _keep_apart(self, row: CheckedRow, split: str) -> None:
+        """Refuse a group whose rows lie in two splits."""
+        group = row.id if row.group is None else row.group
+        other = self.split_of_group.setdefault(group, split)
+        if other != split:
+            raise DataError(
+                f"{group!r} of {self.raw.name!r} has rows in {other} and in {split}: a patient "
+                "must be in one split only, or the scores tell of patients that the model knows. "
+                "Mend the file of the splits."
+            )
+
+    def _rows(self, split: str) -> Iterator[RawRow]:
+        """The rows of a split, under pseudonyms where the data are private."""
+        if self.pseudonyms is None:
+            return self.raw.rows(split)
+        return (self._hidden(row, split) for row in self.raw.rows(split))
+
+    def _hidden(self, row: RawRow, split: str) -> RawRow:
+        assert self.pseudonyms is not None
+        names = self.pseudonyms.hide(row, split)
+        return replace(row, **names)
 
     def _checked(self, split: str) -> Iterator[CheckedRow]:
         """The checked rows of a split in their order."""
@@ -199,14 +256,15 @@ class _Preparation:
             len(self.raw.label_names),
             needs_label=self.raw.needs_labels and split not in self.raw.unlabelled,
             trims_padding=self.raw.trims_padding,
+            variables={name: len(known) for name, known in self.raw.variables.items()},
         )
         check = partial(check_row, rules=rules)
         if self.workers == 1 or IMAGES not in self.raw.kinds.values():
-            yield from map(check, self.raw.rows(split))
+            yield from map(check, self._rows(split))
             return
         # Spawned, not forked: libraries in this process may hold threads.
         with multiprocessing.get_context("spawn").Pool(self.workers) as pool:
-            yield from pool.imap(check, self.raw.rows(split), chunksize=CHUNK)
+            yield from pool.imap(check, self._rows(split), chunksize=CHUNK)
 
     def _judge(
         self, split: str, *, good: int, bad: list[str], reasons: collections.Counter[str]

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from mm_moe.batch import PackedArray, Sample
 from mm_moe.data.events import EVENTS
+from mm_moe.data.prepare.masked import VolumeReader
 from mm_moe.data.reading import file_sha256, image_payload, reading, undecoded
 from mm_moe.data.schema import VQA, DataSource
 from mm_moe.errors import ConfigError, DataError
@@ -128,8 +129,15 @@ class PreparedData(DataSource):
             return image_payload(cell)
         if self._kinds[name] == "array" and cell is not None:
             about = self.info["modalities"][name]
+            if "mask" in about:
+                return self._volumes[name](cell)
             return PackedArray(cell, about["dtype"], tuple(about["shape"]))
         return cell
+
+    @cached_property
+    def _volumes(self) -> dict[str, VolumeReader]:
+        folder, about = Path(str(self.data_dir)), self.info["modalities"]
+        return {name: VolumeReader(folder, form) for name, form in about.items() if "mask" in form}
 
     @cached_property
     def _kinds(self) -> dict[str, str]:
@@ -244,6 +252,12 @@ class Nlvr2Data(PreparedData):
     """NLVR2, two photos and a sentence, prepared."""
 
     expected = "nlvr2"
+
+
+class AdniData(PreparedData):
+    """ADNI: grey matter, genotypes, clinical data and biospecimens, prepared."""
+
+    expected = "adni"
 
 
 def _read_info(folder: Path, make: str) -> dict[str, Any]:
