@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mm_moe.data.prepare.raw import RawDataSet, RawRow
 from mm_moe.data.privacy import content_key, pseudonym
@@ -40,14 +42,17 @@ class Pseudonyms:
                 f"{error.filename} cannot be read: {error.strerror}; the pseudonyms need it."
             ) from error
 
-    def hide(self, row: RawRow, split: str) -> dict[str, str | None]:
-        """The row's names as pseudonyms; a group that is its id stays one with it."""
-        names = {
-            field: None if name is None else pseudonym(name, key=self.key)
-            for field, name in (("id", row.id), ("group", row.group), ("mask_key", row.mask_key))
-        }
-        self._lines.append((str(names["id"]), row.id, row.group or "", split))
-        return names
+    def hide(self, row: RawRow, split: str) -> RawRow:
+        """The row under pseudonyms; a group that is its id stays one with it."""
+        hidden = replace(
+            row, id=self._of(row.id), group=self._of(row.group), mask_key=self._of(row.mask_key)
+        )
+        self._lines.append((hidden.id, row.id, row.group or "", split))
+        return hidden
+
+    def _of(self, name: Any) -> Any:
+        """The pseudonym of a name; None of None."""
+        return None if name is None else pseudonym(name, key=self.key)
 
     def write(self, folder: Path) -> None:
         """`ids.csv`, for its owner only."""

@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -239,14 +238,10 @@ class _Preparation:
 
     def _rows(self, split: str) -> Iterator[RawRow]:
         """The rows of a split, under pseudonyms where the data are private."""
+        rows = self.raw.rows(split)
         if self.pseudonyms is None:
-            return self.raw.rows(split)
-        return (self._hidden(row, split) for row in self.raw.rows(split))
-
-    def _hidden(self, row: RawRow, split: str) -> RawRow:
-        assert self.pseudonyms is not None
-        names = self.pseudonyms.hide(row, split)
-        return replace(row, **names)
+            return rows
+        return (self.pseudonyms.hide(row, split) for row in rows)
 
     def _checked(self, split: str) -> Iterator[CheckedRow]:
         """The checked rows of a split in their order."""
