@@ -145,6 +145,7 @@ DATASETS = Registry(
         "tcga_luad": "mm_moe.data.sets.tcga_luad:TcgaLuadData",
         "physionet2012": "mm_moe.data.sets.physionet2012:Physionet2012Data",
         "adni": "mm_moe.data.sets.prepared:AdniData",
+        "cells": "mm_moe.data.sets.cells:CellsData",
     },
 )
 RAW_DATASETS = Registry(

@@ -82,7 +82,16 @@ def mixture(cls, tmp_path: Path) -> DataSource:
     return cls(parts=parts, scored="webdataset")
 
 
+def cells(cls, tmp_path: Path) -> DataSource:
+    pytest.importorskip("anndata", reason="pip install -e '.[single_cell]'")
+    from tests.cell_files import two_species
+
+    folder = two_species(tmp_path / "cells")
+    return cls(str(folder), conditions=["species", "donor"], label="cell_type", group="donor")
+
+
 BUILD = {
+    "cells": cells,
     "prepared": prepared,
     "webdataset": lambda cls, tmp: cls(shards(tmp)),
     "mixture": mixture,
