@@ -52,6 +52,7 @@ def check_json(values: argparse.Namespace) -> None:
     """
     for flag in (
         "backbone_config",
+        "fusion_config",
         "members_config",
         "moe_config",
         "prompt_config",
@@ -278,6 +279,7 @@ def _settings_of(fields: dict[str, Any]) -> dict[str, Any]:
     keys = ["backbone", "backbone_config", "modalities", "moe", "moe_layers", "moe_mode"]
     keys += ["moe_every", "lora", "prompt", "prompt_config", "num_labels", "problem_type"]
     keys += ["fusion", "fusion_rank", "fusion_size", "head_hidden_size", "feature_norm"]
+    keys += ["fusion_options"]
     keys += ["combine", "frozen", "pad_text"]
     found = {key: full[key] for key in keys if key in full}
     for key in ("moe", "backbone_config"):  # by single settings, so that one that differs is named

@@ -27,7 +27,7 @@ from mm_moe.models.processing import check_same_inputs
 OPTIONS = [  # of one member, by --members_config
     *("backbone", "backbone_config", "pretrained", "moe", "moe_layers", "moe_mode", "moe_every"),
     *("prompt", "prompt_config", "lora", "upcycle_noise", "upcycle_drop", "feature_norm"),
-    *("fusion", "fusion_rank", "fusion_size", "head_hidden_size"),
+    *("fusion", "fusion_options", "fusion_rank", "fusion_size", "head_hidden_size"),
 ]
 FROM_FLAGS = {  # what a member that lacks the first takes from the flags
     "moe": ("moe", "moe_layers", "moe_mode", "moe_every", "upcycle_noise", "upcycle_drop"),

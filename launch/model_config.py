@@ -57,6 +57,7 @@ def config_fields(settings: Settings, source: DataSource, *, prompt: str) -> dic
         "upcycle_noise": settings.moe.upcycle_noise,
         "upcycle_drop": settings.moe.upcycle_drop,
         "fusion": settings.model.fusion,
+        "fusion_options": parse_json("fusion_config", settings.model.fusion_config),
         "fusion_rank": settings.model.fusion_rank,
         "fusion_size": settings.model.fusion_size,
         "head_hidden_size": settings.model.head_hidden_size,

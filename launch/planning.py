@@ -13,6 +13,7 @@ import torch
 from launch.assemble import learning_rate_scale
 from launch.check_objective import plain_objective
 from launch.cli import Settings
+from launch.fusion_experts import fusion_exchange
 from launch.plan_model import meta_model, shard, weightless_config
 from launch.scoring import num_outputs
 from mm_moe.backbones.base import Tower
@@ -323,7 +324,8 @@ class Planner:
         if isinstance(head, InteractionHead):
             rows, hidden = samples * len(head.kinds), hidden_of(head.layer)
             found.append(exchange.SparseLayer(rows, head.layer.width, hidden, 1, recomputed=False))
-        return found
+        present = sum(1 - share for share in self.missing.values())
+        return found + fusion_exchange(head, modality_rows=samples * present)
 
     def _tokens(self, samples: int) -> dict[str, float]:
         """Mean real tokens of one micro-batch that reach a block, by modality."""

@@ -30,6 +30,7 @@ from launch.check_reports import wanted_trackers
 from launch.check_resume import resume_comparison, settle_resume
 from launch.cli import RecipeParser, Settings
 from launch.finish import finish_run, how_to_go_on, without_secrets
+from launch.fusion_experts import fusion_layout
 from launch.pushing import Pushing
 from launch.run_lock import RunLock
 from launch.starts import Start
@@ -185,7 +186,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> DataSource:
     check_hub.check_hub_flags(values)
     checks.settle_batch(values, argv)
     values.deepspeed = checks.deepspeed_settings(values)
-    ep_size = moe_flags.expert_layout(values)
+    ep_size = fusion_layout(values, ep_size=moe_flags.expert_layout(values))
     moe_flags.check_backend(values, ep_size=ep_size)
     source = checks.open_source(values)
     check_zero_shot(values, source)

@@ -125,7 +125,7 @@ def full_logits(model: MultimodalMoEModel, present_BM: Tensor, inputs: Inputs) -
     for m, name in enumerate(MODALITIES):
         feature_BD, _ = model.backbone.encode(name, inputs[name], edits.get(name))
         features[name] = feature_BD * present_BM[:, m, None]
-    logits_BC = model._logits(features)
+    logits_BC, _ = model._logits(features, present_BM)
     assert logits_BC is not None  # the model has a head
     return logits_BC
 

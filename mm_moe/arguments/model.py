@@ -65,7 +65,15 @@ class ModelArguments:
     )
     fusion: str = field(
         default="concat",
-        metadata={"help": "How features meet before the head: concat or low_rank."},
+        metadata={"help": "How features meet before the head: concat, low_rank or transformer."},
+    )
+    fusion_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON object with the transformer's options: depth, num_heads, hidden, "
+            "dropout, sparse (none, alternate, all), num_experts, top_k, router, moe, "
+            "legacy_residual."
+        },
     )
     fusion_rank: int = field(default=40, metadata={"help": "Factors of the low-rank tensor."})
     fusion_size: int = field(

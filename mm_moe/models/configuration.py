@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from mm_moe.batch import IMAGE, TEXT
 from mm_moe.errors import ConfigError
 from mm_moe.models.adapters import LoraSettings
-from mm_moe.models.fusion import FusionSettings
+from mm_moe.models.fusion import TRANSFORMER, FusionSettings
 from mm_moe.models.interaction_settings import InteractionSettings
 from mm_moe.moe.settings import MoESettings
 from mm_moe.registry import BACKBONES, PROMPTS, nearest
@@ -68,7 +68,10 @@ class MultimodalMoEConfig(PreTrainedConfig):
         feature_norm: bring each feature to mean 0 and variance 1 before the head, which then learns
             at one rate whatever the scale of the tower's projection. (Features of length 1 trained
             worse: a loss of 1.5 against 0.5 after 150 steps of the small CLIP from scratch.)
-        fusion: "concat" (features side by side) or "low_rank" (low-rank tensor fusion).
+        fusion: "concat" (features side by side), "low_rank" (low-rank tensor fusion) or
+            "transformer" (attention among all tokens).
+        fusion_options: fields of `TransformerSettings`, for the transformer (`--fusion_config`; a
+            config's `fusion_config` belongs to transformers, which means another thing by it).
         fusion_rank: factors of the low-rank tensor.
         fusion_size: width of what the low-rank tensor gives.
         head_hidden_size: width of a hidden layer (ReLU) in the head; 0: one linear layer.
@@ -100,6 +103,7 @@ class MultimodalMoEConfig(PreTrainedConfig):
     pad_text: int | None = None
     feature_norm: bool = True
     fusion: str = "concat"
+    fusion_options: dict[str, Any] = field(default_factory=dict)
     fusion_rank: int = 40
     fusion_size: int = 120
     head_hidden_size: int = 0
@@ -145,13 +149,22 @@ class MultimodalMoEConfig(PreTrainedConfig):
                 f"head_hidden_size ({self.head_hidden_size}) is for a head that is one classifier; "
                 "interaction experts have a hidden layer each. Set it to 0."
             )
+        if self.fusion == TRANSFORMER:
+            raise ConfigError(
+                "fusion 'transformer' has a classifier of its own, and so have interaction "
+                "experts; take fusion concat or low_rank with them."
+            )
         return InteractionSettings.from_dict(self.interaction_experts)
 
     @property
     def fusion_settings(self) -> FusionSettings:
         """How features become logits."""
         return FusionSettings(
-            self.fusion, self.fusion_rank, self.fusion_size, self.head_hidden_size
+            self.fusion,
+            self.fusion_rank,
+            self.fusion_size,
+            self.head_hidden_size,
+            self.fusion_options,
         )
 
     def _check_sparse(self) -> None:

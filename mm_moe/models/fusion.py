@@ -1,4 +1,4 @@
-"""From the towers' features to logits: fusion by concatenation or a low-rank tensor, and the head.
+"""From the towers' features to logits: concatenation, a low-rank tensor or a transformer; the head.
 
 Axes: B samples, D width of one feature, F width of the fused feature, R rank, C outputs.
 """
@@ -6,16 +6,19 @@ Axes: B samples, D width of one feature, F width of the fused feature, R rank, C
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mm_moe.errors import ConfigError
+from mm_moe.models.fusion_transformer import TransformerHead, TransformerSettings
 from mm_moe.registry import nearest
 
 HEAD_STD = 0.02
-FUSIONS = ("concat", "low_rank")
+TRANSFORMER = "transformer"
+FUSIONS = ("concat", "low_rank", TRANSFORMER)
 
 
 @dataclass(frozen=True)
@@ -23,16 +26,18 @@ class FusionSettings:
     """How features become logits.
 
     Attributes:
-        fusion: "concat" or "low_rank".
+        fusion: "concat", "low_rank" or "transformer".
         rank: of the low-rank tensor.
         size: F of the low-rank tensor.
         hidden: width of the head's hidden layer; 0: the head is one linear layer.
+        options: fields of `TransformerSettings`.
     """
 
     fusion: str = "concat"
     rank: int = 40
     size: int = 120
     hidden: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:
@@ -42,6 +47,17 @@ class FusionSettings:
                 raise ConfigError(f"{name} ({value}) must be at least 1.")
         if self.hidden < 0:
             raise ConfigError(f"head_hidden_size ({self.hidden}) must be at least 0; 0 is none.")
+        if self.options and self.fusion != TRANSFORMER:
+            raise ConfigError(
+                f"fusion_config ({', '.join(self.options)}) is for --fusion transformer, not "
+                f"{self.fusion!r}; leave it out."
+            )
+        self.transformer  # noqa: B018 (checks the options)
+
+    @property
+    def transformer(self) -> TransformerSettings:
+        """The options of the transformer."""
+        return TransformerSettings.from_dict(self.options)
 
 
 class LinearHead(nn.Linear):
@@ -136,11 +152,35 @@ class FusedHead(nn.Module):
         return self.mlp(fused_BF)
 
 
-Head = LinearHead | FusedHead
+Head = LinearHead | FusedHead | TransformerHead
 
 
-def new_head(widths: Sequence[int], num_outputs: int, settings: FusionSettings) -> Head:
-    """The head of a model whose modalities have features of these widths."""
+def new_head(
+    widths: Sequence[int],
+    num_outputs: int,
+    settings: FusionSettings,
+    *,
+    num_tokens: int = 1,
+    modalities: Sequence[str] = (),
+) -> Head:
+    """The head of a model whose modalities have features of these widths.
+
+    Args:
+        widths: of each modality's feature.
+        num_outputs: C.
+        settings: how they become logits.
+        num_tokens: that a feature consists of; the transformer needs it, and the names.
+        modalities: in order.
+    """
+    if settings.fusion == TRANSFORMER:
+        return TransformerHead(
+            widths,
+            num_outputs,
+            num_tokens=num_tokens,
+            modalities=modalities,
+            settings=settings.transformer,
+            head_hidden=settings.hidden,
+        )
     if settings.fusion == "concat" and not settings.hidden:
         return LinearHead(sum(widths), num_outputs)
     return FusedHead(widths, num_outputs, settings)

@@ -17,7 +17,7 @@ from mm_moe.backbones.base import Backbone, Payload, Tower
 from mm_moe.errors import ConfigError
 from mm_moe.models.adapters import LoraSettings, add_lora, merge_lora
 from mm_moe.models.configuration import MultimodalMoEConfig
-from mm_moe.models.fusion import Head, new_head
+from mm_moe.models.fusion import Head, TransformerHead, new_head
 from mm_moe.models.generation import check_generates, generated_rows, generated_tokens
 from mm_moe.models.interaction_head import LAYER_NAME, InteractionHead
 from mm_moe.models.loading import check_loaded
@@ -100,7 +100,13 @@ class MultimodalMoEModel(PreTrainedModel):
         config = self.config
         widths = [self.backbone.feature_width(name) for name in self.modalities]
         if config.interaction_settings is None:
-            return new_head(widths, num_outputs, config.fusion_settings)
+            return new_head(
+                widths,
+                num_outputs,
+                config.fusion_settings,
+                num_tokens=self.backbone.num_tokens,
+                modalities=self.modalities,
+            )
         return InteractionHead(
             widths,
             num_outputs,
@@ -183,7 +189,8 @@ class MultimodalMoEModel(PreTrainedModel):
 
     def sparse_layers(self) -> dict[str, MoELayer]:
         """The sparse layers by the names of their routing records."""
-        return self.backbone.sparse_layers()
+        own = self.head.sparse_layers() if isinstance(self.head, TransformerHead) else {}
+        return self.backbone.sparse_layers() | own
 
     def _towers(self) -> list[tuple[str, Tower]]:
         return [(name, self.backbone.towers[name]) for name in self.modalities]  # type: ignore[misc]
@@ -234,13 +241,15 @@ class MultimodalMoEModel(PreTrainedModel):
             feature_BD = zeros_BD.index_copy(0, used_N, feature_ND[blank:])
             features[name] = feature_BD + 0 * feature_ND[:blank].sum()
             routing.update(records)
+        logits, fused = self._logits(features, present)
+        routing.update(fused)
         losses = mean_router_losses(routing)
         said = None
         if isinstance(self.head, InteractionHead):
             said = self.head(self._parts(features))
             routing[LAYER_NAME], losses = said.record, losses | said.losses
         return MultimodalMoEOutput(
-            logits=self._logits(features) if said is None else said.mixed_BC,
+            logits=logits if said is None else said.mixed_BC,
             features=features,
             losses=losses | self.prompt.losses(),
             routing=routing,
@@ -258,10 +267,16 @@ class MultimodalMoEModel(PreTrainedModel):
             parts = [F.layer_norm(part_BD, part_BD.shape[-1:]) for part_BD in parts]
         return parts
 
-    def _logits(self, features: dict[str, Tensor]) -> Tensor | None:
+    def _logits(
+        self, features: dict[str, Tensor], present_BM: Tensor
+    ) -> tuple[Tensor | None, dict[str, RoutingRecord]]:
+        """Logits (B, C) of a head that is one classifier, and the records of its sparse blocks."""
         if self.head is None or isinstance(self.head, InteractionHead):
-            return None
-        return self.head.fuse(self._parts(features))
+            return None, {}
+        parts = self._parts(features)
+        if isinstance(self.head, TransformerHead):
+            return self.head.fuse(parts, present_BM)
+        return self.head.fuse(parts), {}
 
     def freeze(
         self,

@@ -25,6 +25,8 @@ class TokenContext:
         combination: int64 (N,), index of each row's set of present modalities: bit m stands for
             modality m, so 0 is "nothing".
         interaction: int64 (N,), type of the interaction between a row's modalities.
+        target: int64 (N,), the modality that a row's tokens shall stand for, where one call works
+            on rows of several; None: it is `modality`, for all.
         shape: leading dimensions of the layer's input, (N, L) or (N,).
         real_T: flat places of the real tokens in `shape`; None when all are real.
     """
@@ -32,6 +34,7 @@ class TokenContext:
     modality: int | None = None
     combination: Tensor | None = None
     interaction: Tensor | None = None
+    target: Tensor | None = None
     shape: torch.Size | None = None
     real_T: Tensor | None = None
 
@@ -48,6 +51,11 @@ class TokenContext:
     def interaction_T(self) -> Tensor | None:
         """Each real token's interaction type."""
         return self._of_tokens(self.interaction)
+
+    @property
+    def target_T(self) -> Tensor | None:
+        """The modality that each real token shall stand for, where rows differ in it."""
+        return self._of_tokens(self.target)
 
     def rows_and_places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Row (T,) of each real token, and its place (T,) within the row."""

@@ -26,7 +26,10 @@ class ByModalityRouter(GroupRouter):
         return settings.num_modalities
 
     def group_of(self, context: TokenContext, num_tokens: int, device: torch.device) -> Tensor:
-        """All tokens of a call are of one modality."""
+        """Of a call's one modality, or of each row's own."""
+        target_T = context.target_T
+        if target_T is not None:
+            return target_T
         if context.modality is None:
             raise DataError(
                 f"router {self.settings.router!r} was not told the tokens' modality; pass the "
