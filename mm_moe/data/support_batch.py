@@ -87,59 +87,57 @@ class Supports:
         A support whose image or text does not decode is left out; among the others it counts as
         missing.
         """
-        draws = {name: self.draw(samples, present_BM, m, name) for m, name in enumerate(modalities)}
-        wanted = {name: {row for rows in drawn for row in rows} for name, drawn in draws.items()}
-        everyone = sorted(set().union(*wanted.values()))
-        payload_of = dict(zip(everyone, self.store.payloads(everyone), strict=True))
         width = self.num_supports or max(len(modalities) - 1, 1)
         packed = {}
         for m, name in enumerate(modalities):
-            values = {row: decode(name, payload_of[row][name]) for row in sorted(wanted[name])}
-            rows = [row for row, value in values.items() if value is not None]
+            drawn = self.draw(samples, present_BM, m, name)
+            wanted = sorted({row for rows in drawn for row in rows})
+            values = [decode(name, value) for value in self.store.values(name, wanted)]
+            kept = [(row, v) for row, v in zip(wanted, values, strict=True) if v is not None]
+            rows = [row for row, _ in kept]
             present_SM = self._present(rows)
             packed[name] = {
-                "inputs": processors[name]([values[row] for row in rows]) if rows else {},
-                "rows": _places(draws[name], {row: s for s, row in enumerate(rows)}, width=width),
+                "inputs": processors[name]([value for _, value in kept]) if kept else {},
+                "rows": _places(drawn, {row: s for s, row in enumerate(rows)}, width=width),
                 "present": present_SM,
                 "index": torch.tensor(rows, dtype=torch.int64),
             }
             if self.others:
-                have = {o: other for o, other in enumerate(modalities) if o != m}
-                payloads = [payload_of[row] for row in rows]
                 found = {
-                    other: _other(
-                        payloads,
+                    other: self._other(
+                        rows,
                         other,
                         present_SM[:, o],  # a view: what does not decode is taken from it
                         processor=processors[other],
                         decode=decode,
                     )
-                    for o, other in have.items()
+                    for o, other in enumerate(modalities)
+                    if o != m
                 }
                 packed[name]["others"] = {other: value for other, value in found.items() if value}
         return packed
+
+    def _other(
+        self,
+        rows: list[int],
+        name: str,
+        present_S: Tensor,
+        *,
+        processor: Processor,
+        decode: Decode,
+    ) -> dict[str, Tensor]:
+        """A further modality of S support rows, packed; what does not decode becomes missing."""
+        places = present_S.nonzero().flatten().tolist()
+        found = [decode(name, v) for v in self.store.values(name, [rows[s] for s in places])]
+        for s, value in zip(places, found, strict=True):
+            present_S[s] = value is not None
+        values = [value for value in found if value is not None]
+        return processor(values) if values else {}
 
     def _present(self, rows: list[int]) -> Tensor:
         """Bool (S, M)."""
         pattern_S = torch.from_numpy(self.index.pattern_N[rows].astype("int64"))
         return (pattern_S[:, None] >> torch.arange(self.index.num_modalities) & 1).bool()
-
-
-def _other(
-    payloads: Sequence[Mapping[str, Any]],
-    name: str,
-    present_S: Tensor,
-    *,
-    processor: Processor,
-    decode: Decode,
-) -> dict[str, Tensor]:
-    """A further modality of S support rows, packed; what does not decode is marked as missing."""
-    values = []
-    for s, payload in enumerate(payloads):
-        value = decode(name, payload[name]) if present_S[s] else None
-        present_S[s] = value is not None
-        values += [value] if value is not None else []
-    return processor(values) if values else {}
 
 
 def _places(drawn: list[list[int]], place_of: Mapping[int, int], *, width: int) -> Tensor:

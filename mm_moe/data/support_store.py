@@ -1,8 +1,8 @@
 """The payloads of supports by row number, without holding the data set in memory.
 
 A data set with random access of its own (`DataSource.samples_at`) serves them itself. Of any other
-one a single pass over the training split writes an Arrow file, which `datasets` maps into memory;
-the same pass finds out what each row has. The file holds payloads and hashed groups, no id; it is
+one a single pass over the training split writes an Arrow file, which is mapped into memory; the
+same pass finds out what each row has. The file holds payloads and hashed groups, no id; it is
 data of training rows like the data set itself, and belongs where that may lie.
 """
 
@@ -12,12 +12,11 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import datasets
 import numpy as np
 import pyarrow as pa
 
@@ -29,15 +28,15 @@ from mm_moe.data.schema import DataSource
 from mm_moe.data.support import SupportIndex, group_code
 from mm_moe.errors import DataError
 
-CHUNK = 256  # rows that are written at once
+CHUNK = 1024  # rows of every record batch but the last
 KIND = "/kind"  # the column beside a modality's that says what its bytes are
 
 
 class SupportStore(Protocol):
     """Where the payloads of training rows come from."""
 
-    def payloads(self, rows: Sequence[int]) -> list[Mapping[str, Any]]:
-        """Modality -> raw value, for each row of the split."""
+    def values(self, modality: str, rows: Sequence[int]) -> list[Any]:
+        """The raw values of one modality, for rows of the split that have it."""
 
 
 class OwnAccess:
@@ -46,46 +45,40 @@ class OwnAccess:
     def __init__(self, source: DataSource, split: str) -> None:
         self.source, self.split = source, split
 
-    def payloads(self, rows: Sequence[int]) -> list[Mapping[str, Any]]:
+    def values(self, modality: str, rows: Sequence[int]) -> list[Any]:
         """As the data set gives them."""
         samples = self.source.samples_at(self.split, rows)
         assert samples is not None  # `open_supports` asked
-        return [sample.payload for sample in samples]
+        return [sample.payload[modality] for sample in samples]
 
 
 class ArrowStore:
-    """The rows of a file that `write_store` wrote.
+    """The rows of a file that `write_store` wrote, mapped into memory.
 
-    Args:
-        path: the file.
-        modalities: those of its columns that are read.
+    The file is an Arrow stream as `datasets` writes them (`Dataset.from_file` opens it, too); its
+    record batches are of one size, so a row is found without a search.
     """
 
-    def __init__(self, path: Path, modalities: Sequence[str]) -> None:
-        self.path, self.modalities = path, tuple(modalities)
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "modalities": self.modalities}
+        return {"path": self.path}
 
     @cached_property
-    def _rows(self) -> datasets.Dataset:
+    def _columns(self) -> dict[str, list[pa.Array]]:
+        """Column -> its record batches; kept, since a list of them is made anew each time."""
         with reading(str(self.path)):
-            return datasets.Dataset.from_file(str(self.path))
+            table = pa.ipc.open_stream(pa.memory_map(str(self.path))).read_all()
+        return {name: table[name].chunks for name in table.column_names}
 
-    def payloads(self, rows: Sequence[int]) -> list[Mapping[str, Any]]:
-        """What the file holds of these rows."""
+    def values(self, modality: str, rows: Sequence[int]) -> list[Any]:
+        """What the file holds of these rows; no other column is touched."""
         if not rows:
             return []
-        with reading(str(self.path)):
-            found = self._rows[list(rows)]
-        return [
-            {
-                name: _decoded(found[name + KIND][place], found[name][place])
-                for name in self.modalities
-                if found[name + KIND][place]
-            }
-            for place in range(len(rows))
-        ]
+        kinds, contents = self._columns[modality + KIND], self._columns[modality]
+        found = [divmod(row, CHUNK) for row in rows]
+        return [_decoded(kinds[c][r].as_py(), contents[c][r].as_py()) for c, r in found]
 
 
 def open_supports(
@@ -128,7 +121,7 @@ def write_store(
             ) from error
     with reading(str(about)), np.load(about, allow_pickle=False) as file:
         index = _index([(file["pattern"], file["group"])], source)
-    return index, ArrowStore(path, source.modalities)
+    return index, ArrowStore(path)
 
 
 def store_key(source: DataSource, *, split: str, missing: Missing | None) -> str:
