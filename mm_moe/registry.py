@@ -142,6 +142,7 @@ DATASETS = Registry(
         "vqa_v2": "mm_moe.data.sets.prepared:VqaV2Data",
         "vqa_vs": "mm_moe.data.sets.prepared:VqaVsData",
         "nlvr2": "mm_moe.data.sets.prepared:Nlvr2Data",
+        "tables": "mm_moe.data.sets.prepared:TablesData",
         "tcga_luad": "mm_moe.data.sets.tcga_luad:TcgaLuadData",
         "physionet2012": "mm_moe.data.sets.physionet2012:Physionet2012Data",
         "adni": "mm_moe.data.sets.prepared:AdniData",
@@ -168,6 +169,7 @@ RAW_DATASETS = Registry(
         "vqa_v2": "mm_moe.data.prepare.vqa:VqaV2Raw",
         "vqa_vs": "mm_moe.data.prepare.vqa:VqaVsRaw",
         "nlvr2": "mm_moe.data.prepare.nlvr2:Nlvr2Raw",
+        "tables": "mm_moe.data.prepare.tables:TablesRaw",
         "adni": "mm_moe.data.prepare.adni:AdniRaw",
     },
 )

@@ -1,5 +1,6 @@
 """Clinical data sets in their published layouts, small enough for a pencil."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -80,4 +81,90 @@ def physionet2012(folder: Path, *, stays: int = 20, **events) -> Path:
         found = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
         found |= events if part == "a" else {}
         pq.write_table(pa.table(found), folder / f"events_{part}.parquet")
+    return folder
+
+
+SCHEMA = {
+    "patient": "who",
+    "row": "stay",
+    "license": "made for tests",
+    "label": {"file": "out.csv", "column": "died", "kind": "binary", "classes": ["no", "yes"]},
+    "split": {"column": "part"},
+    "prediction_time": 24,
+    "leaks": {"score": "given at discharge"},
+    "modalities": {
+        "static": {
+            "file": "static.parquet",
+            "kind": "table",
+            "columns": {"age": "numeric", "unit": "categorical"},
+        },
+        "labs": {
+            "file": "labs.csv",
+            "kind": "events",
+            "time": "hour",
+            "variable": "test",
+            "value": "result",
+        },
+        "vitals": {"file": "wide.csv", "kind": "events", "time": "hour", "columns": ["hr", "bp"]},
+        "notes": {"file": "notes.csv", "kind": "text", "column": "text", "time": "hour"},
+        "scan": {"file": "scans.csv", "kind": "array", "column": "path"},
+    },
+}
+
+
+def tables(folder: Path, *, stays: int = 24, schema: dict | None = None, **files) -> Path:
+    """Patient n // 2 has stay n; every third stay has no laboratory values, every fourth no scan.
+
+    Args:
+        folder: to write into.
+        stays: lines of the label's file.
+        schema: in place of `SCHEMA`.
+        files: stem -> {column: cells} that replace columns of that file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = list(range(stays))
+    names = [f"s{n}" for n in numbers]
+    part = ["train", "train", "train", "train", "validation", "test"]
+    content = {
+        "out": {
+            "stay": names,
+            "who": [f"anna{n // 2}" for n in numbers],
+            "died": ["yes" if n % 5 == 0 else "no" for n in numbers],
+            "part": [part[n // 2 % 6] for n in numbers],
+            "score": numbers,
+        },
+        "static": {
+            "stay": names,
+            "age": [None if n == 3 else 40.0 + n for n in numbers],
+            "unit": [("a", "b")[n % 2] for n in numbers],
+            "score": numbers,
+        },
+        "labs": {
+            "stay": [f"s{n}" for n in numbers if n % 3],
+            "hour": [1.5] * sum(n % 3 > 0 for n in numbers),
+            "test": ["pH"] * sum(n % 3 > 0 for n in numbers),
+            "result": [7.0 + n / 100 for n in numbers if n % 3],
+        },
+        "wide": {
+            "stay": [name for name in names for _ in range(2)],
+            "hour": [0, 12] * stays,
+            "hr": [60 + n for n in numbers for _ in range(2)],
+            "bp": [80, None] * stays,
+        },
+        "notes": {"stay": names, "hour": [2] * stays, "text": [f"note {n}" for n in numbers]},
+        "scans": {
+            "stay": [f"s{n}" for n in numbers if n % 4],
+            "path": [f"scan{n}.npy" for n in numbers if n % 4],
+        },
+    }
+    for n in numbers:
+        np.save(folder / f"scan{n}.npy", np.full((1, 2, 2, 2), n, np.float32))
+    for stem, columns in content.items():
+        table = pa.table(columns | files.get(stem, {}))
+        if stem == "static":
+            pq.write_table(table, folder / "static.parquet")
+        else:
+            pa_csv.write_csv(table, folder / f"{stem}.csv")
+    text = json.dumps(SCHEMA if schema is None else schema)
+    (folder / "schema.json").write_text(text)
     return folder

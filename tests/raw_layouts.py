@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tests import patient_layouts
 from tests.av_mnist_layouts import av_mnist, avmnist_npy
 from tests.clinical_layouts import adni
 from tests.raw_slices import fastmri_knee
@@ -371,4 +372,4 @@ MAKERS |= {"vqa_v2": vqa_v2, "vqa_vs": vqa_vs, "nlvr2": nlvr2}
 MAKERS |= {"fastmri_knee": fastmri_knee}
 
 
-MAKERS |= {"adni": adni}
+MAKERS |= {"adni": adni, "tables": patient_layouts.tables}

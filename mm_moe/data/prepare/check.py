@@ -38,6 +38,7 @@ class Rules:
         needs_label: False in a split that is known to have none.
         trims_padding: see `RawDataSet`.
         variables: modality of events -> how many variables it has.
+        gaps: modalities whose arrays may hold NaN for a cell that is not known: tables.
     """
 
     kinds: Mapping[str, str]
@@ -46,6 +47,7 @@ class Rules:
     needs_label: bool
     trims_padding: bool = True
     variables: Mapping[str, int] = field(default_factory=dict)
+    gaps: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _read(value: Any, kind: str, modality: str, rules: Rules) -> Any:
     if kind == SEQUENCES:
         return _sequence(value, modality, trims=rules.trims_padding)
     if kind == ARRAYS:
-        return _array(value, modality)
+        return _array(value, modality, gaps=modality in rules.gaps)
     if kind == EVENT_LISTS:
         return _events(value, modality, num_variables=rules.variables[modality])
     return str(value) if str(value).strip() else None
@@ -148,16 +150,20 @@ def _image(path: Path) -> bytes:
     return content
 
 
-def _array(value: Any, modality: str) -> np.ndarray:
-    """A finite array of uint8, or of float32 whatever it was."""
+def _array(value: Any, modality: str, *, gaps: bool) -> np.ndarray | None:
+    """A finite array of uint8, or of float32 whatever it was.
+
+    With `gaps` it may hold NaN, and is None if it holds nothing else.
+    """
     array = np.asarray(value)
     if array.dtype.kind not in "fiu" or not array.size:
         raise BadRowError(f"{modality} has shape {array.shape} of {array.dtype}, not numbers")
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
-    if not (np.abs(array) <= LARGEST).all():
+    known = array[~np.isnan(array)] if gaps else array
+    if not (np.abs(known) <= LARGEST).all():
         raise BadRowError(f"NaN, infinite or too large values in {modality}")
-    return np.ascontiguousarray(array, dtype=FLOAT)
+    return np.ascontiguousarray(array, dtype=FLOAT) if known.size else None
 
 
 def _events(value: Any, modality: str, *, num_variables: int) -> np.ndarray:

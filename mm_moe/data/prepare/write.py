@@ -252,6 +252,7 @@ class _Preparation:
             needs_label=self.raw.needs_labels and split not in self.raw.unlabelled,
             trims_padding=self.raw.trims_padding,
             variables={name: len(known) for name, known in self.raw.variables.items()},
+            gaps=frozenset(name for name, form in self.raw.forms.items() if form == "table"),
         )
         check = partial(check_row, rules=rules)
         if self.workers == 1 or IMAGES not in self.raw.kinds.values():

@@ -260,6 +260,12 @@ class AdniData(PreparedData):
     expected = "adni"
 
 
+class TablesData(PreparedData):
+    """Tables of patients with a schema file, prepared."""
+
+    expected = "tables"
+
+
 def _read_info(folder: Path, make: str) -> dict[str, Any]:
     """The record of a prepared data set."""
     path = folder / INFO

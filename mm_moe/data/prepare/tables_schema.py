@@ -1,0 +1,199 @@
+"""The file that says what the tables of a patient data set hold (see `mm_moe.data.prepare.tables`).
+
+YAML or JSON, an object with these keys; unknown ones are errors, so that nothing is overlooked:
+
+    patient: subject_id          # names the patient, in every table
+    row: stay_id                 # names a row, where a patient has several (default: the patient)
+    license: ...                 # optional
+    label:
+      file: outcomes.csv         # .csv, .csv.gz or .parquet, one line per row
+      column: died
+      kind: binary               # binary, classes or regression
+      classes: ["0", "1"]        # how the cells spell them
+    split:
+      column: split              # of the label's file, cells train, validation or test; or
+      shares: {train: 0.7, validation: 0.15, test: 0.15}      # by a keyed hash of the patient
+      seed: 0
+    prediction_time: 48          # the last hour that a model may see; or {column: hour} of the
+                                 # label's file, for each row its own
+    late: refuse                 # what comes after it: refuse (an error), or cut (and count)
+    leaks: {sofa: a score that was given later}    # columns that must never be inputs
+    modalities:
+      static: {file: static.parquet, kind: table, columns: {age: numeric, unit: categorical}}
+      labs:   {file: labs.csv, kind: events, time: hour, variable: test, value: result}
+      vitals: {file: wide.csv, kind: events, time: hour, columns: [heart_rate, pressure]}
+      notes:  {file: notes.csv, kind: text, column: text, time: hour}
+      scan:   {file: scans.csv, kind: array, column: path, form: volume}      # .npy files
+      photo:  {file: photos.csv, kind: image, column: path}
+
+`form` is volume, dosages or table. `time` is in hours since the start of the row; every kind but
+events can do without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mm_moe.data.prepare.raw import SPLITS
+from mm_moe.data.standardise import CATEGORICAL, NUMERIC
+from mm_moe.errors import DataError
+from mm_moe.registry import nearest
+
+NAMES = ("schema.yaml", "schema.yml", "schema.json")
+TOP = {"patient", "label", "split", "modalities"}
+OPTIONAL = {"row", "license", "prediction_time", "late", "leaks"}
+LABEL_KINDS = ("binary", "classes", "regression")
+NEEDED = {  # kind -> keys that it must have, besides file
+    "table": {"columns"},
+    "events": {"time"},
+    "text": {"column"},
+    "array": {"column"},
+    "image": {"column"},
+}
+ALLOWED = {
+    "table": {"time"},
+    "events": {"variable", "value", "columns"},
+    "text": {"time"},
+    "array": {"time", "form"},
+    "image": {"time"},
+}
+FORMS = ("volume", "dosages", "table")
+
+
+def read_schema(source: Path, name: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """The file and its checked content.
+
+    Raises:
+        DataError: it is not there, or says something that cannot be; names the entry.
+    """
+    wanted = [name] if name else list(NAMES)
+    path = next((source / n for n in wanted if (source / n).is_file()), None)
+    if path is None:
+        raise DataError(
+            f"{str(source)!r} has no {' or '.join(wanted)}, the file that says what its tables "
+            "hold; see the docstring of mm_moe.data.prepare.tables_schema."
+        )
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DataError(f"{path} is no YAML or JSON: {type(error).__name__}.") from error
+    _object(found, str(path))
+    _keys(found, str(path), needed=TOP, allowed=OPTIONAL)
+    for key in ("patient", *(["row"] if "row" in found else [])):
+        _text(found[key], f"{path}: {key}")
+    _label(found["label"], f"{path}: label")
+    _split(found["split"], f"{path}: split")
+    if found.get("late", "refuse") not in ("refuse", "cut"):
+        raise DataError(f"{path}: late is {found['late']!r}; take refuse or cut.")
+    leaks = found.setdefault("leaks", {})
+    if isinstance(leaks, list):
+        found["leaks"] = dict.fromkeys(map(str, leaks), "named as a leak")
+    _modalities(found, path)
+    return path, found
+
+
+def _label(about: Any, where: str) -> None:
+    _object(about, where)
+    _keys(about, where, needed={"file", "column", "kind"}, allowed={"classes"})
+    if about["kind"] not in LABEL_KINDS:
+        raise DataError(
+            f"{where}: kind {about['kind']!r}; {nearest(str(about['kind']), [*LABEL_KINDS])}"
+        )
+    classes = about.get("classes")
+    if about["kind"] == "regression":
+        if classes is not None:
+            raise DataError(f"{where}: a regression has no classes.")
+        return
+    if not isinstance(classes, list) or len(set(map(str, classes))) != len(classes):
+        raise DataError(f"{where}: classes must be a list of different names.")
+    if len(classes) < 2 or (about["kind"] == "binary" and len(classes) != 2):
+        raise DataError(
+            f"{where}: {about['kind']} with {len(classes)} classes; binary has two, the one to "
+            "find last."
+        )
+    about["classes"] = list(map(str, classes))
+
+
+def _split(about: Any, where: str) -> None:
+    _object(about, where)
+    _keys(about, where, needed=set(), allowed={"column", "shares", "seed"})
+    if ("column" in about) == ("shares" in about):
+        raise DataError(f"{where} must have one of column and shares.")
+    shares = about.get("shares")
+    if shares is None:
+        return
+    good = isinstance(shares, dict) and set(shares) <= set(SPLITS) and "train" in shares
+    values = list(shares.values()) if good else []
+    if not good or not all(isinstance(v, int | float) and v > 0 for v in values):
+        raise DataError(f"{where}: shares must give numbers above 0 to train, validation, test.")
+    if abs(sum(values) - 1) > 1e-6:
+        raise DataError(f"{where}: shares add up to {sum(values):g}, not 1.")
+
+
+def _modalities(found: dict[str, Any], path: Path) -> None:
+    _object(found["modalities"], f"{path}: modalities")
+    if not found["modalities"]:
+        raise DataError(f"{path}: modalities is empty; name at least one.")
+    for name, about in found["modalities"].items():
+        where = f"{path}: modality {name!r}"
+        _object(about, where)
+        kind = about.get("kind")
+        if kind not in NEEDED:
+            raise DataError(f"{where}: kind {kind!r}; {nearest(str(kind), list(NEEDED))}")
+        needed = NEEDED[kind] | {"file", "kind"}
+        _keys(about, where, needed=needed, allowed=ALLOWED.get(kind, set()))
+        _check_kind(about, where)
+        leaking = sorted(set(_inputs(about)) & set(found["leaks"]))
+        if leaking:
+            raise DataError(
+                f"{where} has {leaking[0]!r} among its inputs, which leaks says must not be one: "
+                f"{found['leaks'][leaking[0]]}."
+            )
+
+
+def _check_kind(about: Mapping[str, Any], where: str) -> None:
+    if about["kind"] == "table":
+        _object(about["columns"], f"{where}: columns")
+        for column, kind in about["columns"].items():
+            if kind not in (NUMERIC, CATEGORICAL):
+                words = nearest(str(kind), [NUMERIC, CATEGORICAL])
+                raise DataError(f"{where}: column {column!r} is {kind!r}; {words}")
+    elif about["kind"] == "events":
+        long = {"variable", "value"} <= set(about)
+        if long == ("columns" in about) or (not long and {"variable", "value"} & set(about)):
+            raise DataError(f"{where} must have either variable and value, or columns.")
+        if not long and not (isinstance(about["columns"], list) and about["columns"]):
+            raise DataError(f"{where}: columns must be a list of columns with numbers.")
+    elif about.get("form", FORMS[0]) not in FORMS:
+        raise DataError(f"{where}: form {about['form']!r}; {nearest(str(about['form']), [*FORMS])}")
+
+
+def _inputs(about: Mapping[str, Any]) -> list[str]:
+    """The columns whose cells a model sees."""
+    single = [about[key] for key in ("column", "value") if key in about]
+    return [*single, *about.get("columns", [])]
+
+
+def _object(value: Any, where: str) -> None:
+    if not isinstance(value, dict):
+        raise DataError(f"{where} holds a {type(value).__name__}; it should be an object.")
+
+
+def _text(value: Any, where: str) -> None:
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{where} must be the name of a column.")
+
+
+def _keys(about: Mapping[str, Any], where: str, *, needed: set[str], allowed: set[str]) -> None:
+    lacking = sorted(needed - set(about))
+    if lacking:
+        raise DataError(f"{where} lacks {', '.join(lacking)}.")
+    for key in about:
+        if key not in needed | allowed:
+            raise DataError(
+                f"{where}: unknown key {key!r}; {nearest(str(key), sorted(needed | allowed))}"
+            )
