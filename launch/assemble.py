@@ -241,11 +241,11 @@ class Run:
 
 
 def learning_rate_scale(scale: float) -> Callable[[str], float]:
-    """Factor for the parts that start from nothing: prompts and head."""
+    """Factor for the parts that start from nothing: prompts, fill and head."""
 
     def of(name: str) -> float:
         own = name.split(".", 2)[-1] if name.startswith("members.") else name
-        return scale if own.startswith(("prompt.", "head.")) else 1.0
+        return scale if own.startswith(("prompt.", "fill.", "head.")) else 1.0
 
     return of
 

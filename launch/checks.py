@@ -60,6 +60,7 @@ def check_json(values: argparse.Namespace) -> None:
         "augment",
         "interaction_config",
         "objective_config",
+        "fill_config",
     ):
         parse_json(flag, getattr(values, flag))
     Augment.of(parse_json("augment", values.augment))
@@ -279,8 +280,7 @@ def _settings_of(fields: dict[str, Any]) -> dict[str, Any]:
     keys = ["backbone", "backbone_config", "modalities", "moe", "moe_layers", "moe_mode"]
     keys += ["moe_every", "lora", "prompt", "prompt_config", "num_labels", "problem_type"]
     keys += ["fusion", "fusion_rank", "fusion_size", "head_hidden_size", "feature_norm"]
-    keys += ["fusion_options"]
-    keys += ["combine", "frozen", "pad_text"]
+    keys += ["fusion_options", "combine", "frozen", "pad_text", "fill", "fill_config"]
     found = {key: full[key] for key in keys if key in full}
     for key in ("moe", "backbone_config"):  # by single settings, so that one that differs is named
         parts = found.pop(key, None)

@@ -51,6 +51,8 @@ def config_fields(settings: Settings, source: DataSource, *, prompt: str) -> dic
         "prompt_config": parse_json("prompt_config", settings.prompt.prompt_config)
         if same_prompt
         else {},
+        "fill": settings.model.fill,
+        "fill_config": parse_json("fill_config", settings.model.fill_config),
         "lora": lora_fields(settings.model),
         "feature_norm": settings.model.feature_norm,
         "pad_text": settings.model.pad_text,

@@ -142,7 +142,10 @@ class Planner:
         if self.model.prompt.generates:
             config.prompt, config.prompt_config = "none", {}
             self.notes.append(f"activations without what prompt {self.config.prompt!r} generates")
-        if plain == moe and config.prompt == self.config.prompt:
+        if config.fill is not None:
+            config.fill, config.fill_config = None, {}
+            self.notes.append(f"activations and exchange without fill {self.config.fill!r}")
+        if plain == moe and config.prompt == self.config.prompt and config.fill == self.config.fill:
             return self.model
         config.moe = plain or None
         return meta_model(self.settings, config)

@@ -19,6 +19,7 @@ from launch import (
     check_hub,
     check_objective,
     checks,
+    fill_flags,
     interaction_experts,
     interaction_flags,
     members,
@@ -193,6 +194,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> DataSource:
     interaction_flags.check_interactions(values, source)
     source = view_of(source, vars(values))
     ep_size = interaction_experts.interaction_layout(values, source, ep_size=ep_size)
+    ep_size = fill_flags.fill_layout(values, source, ep_size=ep_size)
     members.check_members(values, source)
     if not values.resume_from_checkpoint:
         checks.check_output(values, resume=None)

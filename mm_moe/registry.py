@@ -97,6 +97,19 @@ ROUTERS = Registry(
         "by_modality": "mm_moe.moe.router_by_modality:ByModalityRouter",
         "by_combination": "mm_moe.moe.router_by_combination:ByCombinationRouter",
         "by_interaction": "mm_moe.moe.router_by_interaction:ByInteractionRouter",
+        "noisy_candidates": "mm_moe.moe.router_candidates:CandidatesRouter",
+        "flex": "mm_moe.moe.router_flex:FlexRouter",
+    },
+)
+FILLS = Registry(
+    "fill",
+    {
+        "zero": "mm_moe.fill.simple:ZeroFill",
+        "default": "mm_moe.fill.simple:DefaultFill",
+        "mean": "mm_moe.fill.mean:MeanFill",
+        "bank": "mm_moe.fill.bank:BankFill",
+        "neighbour": "mm_moe.fill.neighbour:NeighbourFill",
+        "retriever": "mm_moe.fill.retriever:RetrieverFill",
     },
 )
 PROMPTS = Registry(

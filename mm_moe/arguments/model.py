@@ -63,6 +63,16 @@ class ModelArguments:
         default=True,
         metadata={"help": "Bring each feature to mean 0 and variance 1 before the head."},
     )
+    fill: str | None = field(
+        default=None,
+        metadata={
+            "help": "What stands in for missing modalities' features: zero, mean, default, "
+            "neighbour, bank or retriever. Default: zeros that fusion may tell from features."
+        },
+    )
+    fill_config: str | None = field(
+        default=None, metadata={"help": "JSON object with the fill's own options."}
+    )
     fusion: str = field(
         default="concat",
         metadata={"help": "How features meet before the head: concat, low_rank or transformer."},

@@ -15,7 +15,7 @@ from mm_moe.models.adapters import LoraSettings
 from mm_moe.models.fusion import TRANSFORMER, FusionSettings
 from mm_moe.models.interaction_settings import InteractionSettings
 from mm_moe.moe.settings import MoESettings
-from mm_moe.registry import BACKBONES, PROMPTS, nearest
+from mm_moe.registry import BACKBONES, FILLS, PROMPTS, nearest
 
 LOGIT_SCALE = 2.6592  # log(1 / 0.07), CLIP's
 MOE_MODES = ("sparse", "dense", "first_half", "second_half")
@@ -61,6 +61,9 @@ class MultimodalMoEConfig(PreTrainedConfig):
         lora: fields of `LoraSettings`, or None for no adapters.
         prompt: name in the registry of prompts, or `pkg.mod:Class`.
         prompt_config: the prompt's options.
+        fill: name in the registry of fills, or `pkg.mod:Class`: what stands in for the features of
+            missing modalities before the head. None: zeros, which fusion may tell from features.
+        fill_config: the fill's options.
         label_names: names of the classes; sets `num_labels`, `id2label` and `label2id`.
         pad_text: token id that fills every text up to the longest that the text tower takes, or
             None: texts are padded to the longest of their batch. Only prompts that attend to
@@ -99,6 +102,8 @@ class MultimodalMoEConfig(PreTrainedConfig):
     lora: dict[str, Any] | None = None
     prompt: str = "none"
     prompt_config: dict[str, Any] = field(default_factory=dict)
+    fill: str | None = None
+    fill_config: dict[str, Any] = field(default_factory=dict)
     label_names: list[str] | tuple[str, ...] | None = None
     pad_text: int | None = None
     feature_norm: bool = True
@@ -120,6 +125,10 @@ class MultimodalMoEConfig(PreTrainedConfig):
         """
         BACKBONES.check(self.backbone)
         PROMPTS.check(self.prompt)
+        if self.fill is not None:
+            FILLS.check(self.fill)
+        elif self.fill_config:
+            raise ConfigError(f"fill_config ({self.fill_config}) without a fill; name one.")
         self._check_sparse()
         self.fusion_settings  # noqa: B018 (checks the numbers)
         if self.interaction_settings is not None:

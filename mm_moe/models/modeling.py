@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mm_moe.backbones.base import Backbone, Payload, Tower
+from mm_moe.backbones.entrance import Generated
 from mm_moe.errors import ConfigError
+from mm_moe.fill.base import Fill, Filled
 from mm_moe.models.adapters import LoraSettings, add_lora, merge_lora
 from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.models.fill_start import new_fill
 from mm_moe.models.fusion import Head, TransformerHead, new_head
 from mm_moe.models.generation import check_generates, generated_rows, generated_tokens
 from mm_moe.models.interaction_head import LAYER_NAME, InteractionHead
@@ -24,7 +27,9 @@ from mm_moe.models.loading import check_loaded
 from mm_moe.models.output import MultimodalMoEOutput, mean_router_losses
 from mm_moe.models.prompt_start import anchors, first_tokens, new_prompt
 from mm_moe.models.rows import packed_rows, prompt_rows, token_contexts
+from mm_moe.models.supports import Supports, WideBatch
 from mm_moe.models.trainable import freeze_tower, trainable_counts
+from mm_moe.moe.context import TokenContext
 from mm_moe.moe.layer import MoELayer, RoutingRecord
 from mm_moe.moe.upcycle import upcycle
 from mm_moe.registry import BACKBONES
@@ -53,6 +58,7 @@ class MultimodalMoEModel(PreTrainedModel):
 
     backbone: Backbone
     prompt: Prompt
+    fill: Fill | None
 
     def __init__(self, config: MultimodalMoEConfig, *, backbone: Backbone | None = None) -> None:
         super().__init__(config)
@@ -68,6 +74,12 @@ class MultimodalMoEModel(PreTrainedModel):
         self.prompt = new_prompt(config, dict(self._towers()))
         check_generates(self.prompt, backbone)
         self.anchor_prompt()
+        self.fill = new_fill(config.fill, config.fill_config, backbone)
+        if self.fill is not None and self.prompt.generates:
+            raise ConfigError(
+                f"prompt {config.prompt!r} generates tokens for what samples lack, and fill "
+                f"{config.fill!r} makes others; take one of them."
+            )
         self.head = self._new_head(config.num_labels) if config.num_labels else None
         self.logit_scale: nn.Parameter | None = None
         self.logit_bias: nn.Parameter | None = None
@@ -190,6 +202,7 @@ class MultimodalMoEModel(PreTrainedModel):
     def sparse_layers(self) -> dict[str, MoELayer]:
         """The sparse layers by the names of their routing records."""
         own = self.head.sparse_layers() if isinstance(self.head, TransformerHead) else {}
+        own |= {} if self.fill is None else self.fill.sparse_layers()
         return self.backbone.sparse_layers() | own
 
     def _towers(self) -> list[tuple[str, Tower]]:
@@ -203,6 +216,7 @@ class MultimodalMoEModel(PreTrainedModel):
         ids: list[str] | None = None,
         interaction: Tensor | None = None,
         run: Callable[[MultimodalMoEModel], MultimodalMoEOutput] | None = None,
+        supports: Supports | None = None,
     ) -> MultimodalMoEOutput:
         """Encode what is present.
 
@@ -215,35 +229,32 @@ class MultimodalMoEModel(PreTrainedModel):
                 router `by_interaction`.
             run: what to do with this model instead, for an objective of several passes: all of
                 them are then one forward pass of whatever is wrapped around the model.
+            supports: modality -> training rows that have it, for a fill that needs them (see
+                `Batch`).
 
         Raises:
-            DataError: a payload whose rows are not the samples that have the modality, or
-                interactions that are not one per sample.
+            DataError: a payload whose rows are not the samples that have the modality,
+                interactions that are not one per sample, or supports that do not fit the batch.
         """
         if run is not None:
             return run(self)
         rows = self._packed_rows(present, inputs)
         generated = generated_tokens(self.prompt, self.backbone, present, inputs)
         lacking = generated_rows(generated, self.modalities, present)
-        contexts = token_contexts(present, interaction, rows, lacking)
-        edits = self.prompt.start(*prompt_rows(present, rows, lacking))
-        features: dict[str, Tensor] = {}
-        routing: dict[str, RoutingRecord] = {}
-        for name in self.modalities:
-            rows_N = rows[name]
-            payload = inputs[name] if len(rows_N) else None
-            feature_ND, records = self.backbone.encode(
-                name, payload, edits.get(name), contexts[name], generated.get(name)
-            )
-            blank = int(payload is None)
-            used_N = torch.cat([rows_N, lacking[name]])
-            zeros_BD = feature_ND.new_zeros(len(present), feature_ND.shape[-1])
-            feature_BD = zeros_BD.index_copy(0, used_N, feature_ND[blank:])
-            features[name] = feature_BD + 0 * feature_ND[:blank].sum()
-            routing.update(records)
+        if self.fill is None or not self.fill.needs_supports:
+            supports = None
+        wide = WideBatch.of(present, rows, inputs, interaction=interaction, supports=supports)
+        contexts = token_contexts(wide.present_WM, wide.interaction_W, wide.rows, lacking)
+        edits = self.prompt.start(*prompt_rows(wide.present_WM, wide.rows, lacking))
+        features, routing = self._encoded(wide, edits, contexts, generated, lacking)
+        filled = None
+        if self.fill is not None:
+            features, filled = self._filled(self.fill, features, present, wide, supports)
         logits, fused = self._logits(features, present)
-        routing.update(fused)
+        routing |= fused
         losses = mean_router_losses(routing)
+        if filled is not None:
+            losses, routing = losses | filled.losses, routing | filled.routing
         said = None
         if isinstance(self.head, InteractionHead):
             said = self.head(self._parts(features))
@@ -255,6 +266,49 @@ class MultimodalMoEModel(PreTrainedModel):
             routing=routing,
             interaction=said,
         )
+
+    def _encoded(
+        self,
+        wide: WideBatch,
+        edits: Mapping[str, Any],
+        contexts: Mapping[str, TokenContext],
+        generated: Mapping[str, Generated],
+        lacking: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Tensor], dict[str, RoutingRecord]]:
+        """Features (W, D) of every modality, zero where it is missing, and the towers' records."""
+        features: dict[str, Tensor] = {}
+        routing: dict[str, RoutingRecord] = {}
+        for name in self.modalities:
+            rows_N = wide.rows[name]
+            payload = wide.inputs[name] if len(rows_N) else None
+            feature_ND, records = self.backbone.encode(
+                name, payload, edits.get(name), contexts[name], generated.get(name)
+            )
+            blank = int(payload is None)
+            used_N = torch.cat([rows_N, lacking[name]])
+            zeros_BD = feature_ND.new_zeros(len(wide.present_WM), feature_ND.shape[-1])
+            feature_BD = zeros_BD.index_copy(0, used_N, feature_ND[blank:])
+            features[name] = feature_BD + 0 * feature_ND[:blank].sum()
+            routing.update(records)
+        return features, routing
+
+    def _filled(
+        self,
+        fill: Fill,
+        features: dict[str, Tensor],
+        present_BM: Tensor,
+        wide: WideBatch,
+        supports: Supports | None,
+    ) -> tuple[dict[str, Tensor], Filled]:
+        """Features (B, D) with what the fill put in missing places, and what it says."""
+        num_tokens, num_samples = self.backbone.num_tokens, len(present_BM)
+        found = wide.tokens(features, supports, num_tokens=num_tokens)
+        tokens = {
+            name: feature[:num_samples].unflatten(-1, (num_tokens, -1))
+            for name, feature in features.items()
+        }
+        filled = fill(tokens, present_BM, found)
+        return {name: x_BPH.flatten(1) for name, x_BPH in filled.tokens.items()}, filled
 
     def _packed_rows(self, present_BM: Tensor, inputs: Mapping[str, Payload]) -> dict[str, Tensor]:
         """Positions (N,) of each modality's rows; a planned pass without values puts its own."""
@@ -275,7 +329,7 @@ class MultimodalMoEModel(PreTrainedModel):
             return None, {}
         parts = self._parts(features)
         if isinstance(self.head, TransformerHead):
-            return self.head.fuse(parts, present_BM)
+            return self.head.fuse(parts, present_BM, filled=self.fill is not None)
         return self.head.fuse(parts), {}
 
     def freeze(
@@ -287,7 +341,8 @@ class MultimodalMoEModel(PreTrainedModel):
     ) -> None:
         """Stop the training of towers' dense weights.
 
-        Routers, adapters, prompts, projections to a common width and the head are never frozen.
+        Routers, adapters, prompts, fills, projections to a common width and the head are never
+        frozen.
 
         Args:
             lock: modalities whose towers are frozen.

@@ -20,9 +20,10 @@ class MultimodalMoEOutput(ModelOutput):
 
     Attributes:
         logits: (B, C), None without a head.
-        features: modality -> (B, D), zero rows where the modality is absent and not generated.
+        features: modality -> (B, D), zero rows where the modality is absent, not generated and not
+            filled.
         losses: terms to add to the objective, coefficients applied: those of the routers averaged
-            over the sparse layers, and those of the prompt.
+            over the towers' sparse layers, and those of the prompt and of the fill.
         routing: "<modality>.<block>" -> record of each sparse layer; the interaction experts'
             comes last, as "interaction.0".
         interaction: what the interaction experts say, in a model that has them.

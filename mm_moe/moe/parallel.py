@@ -33,6 +33,7 @@ from mm_moe.moe.parallel_state import (
     slice_experts,
 )
 from mm_moe.moe.parallel_stock import StockMoE, check_stock
+from mm_moe.moe.running_mean import RunningMean
 
 __all__ = [
     "ExpertParallelDispatcher",
@@ -279,7 +280,7 @@ def make_expert_parallel(model: nn.Module, *, ep_size: int, backend: str = "ours
         )
     if dist.get_world_size() > 1:
         for module in model.modules():
-            if isinstance(module, BatchNorm):
+            if isinstance(module, BatchNorm | RunningMean):
                 module.sum_over_ranks = _SumOverRanks.apply
     for name, layer in layers.items():
         replacement = BACKENDS[backend](layer, ep_size=ep_size)

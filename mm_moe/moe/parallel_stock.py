@@ -37,7 +37,7 @@ _ANY_VALUE = {  # settings that the stock layer follows, or that the router does
     *("num_experts", "top_k", "load_balance_coef", "drop_tokens", "capacity_factor"),
     *("eval_capacity_factor", "min_capacity", "use_residual", "num_shared_experts", "noise_std"),
     *("jitter_eps", "slots_per_expert", "num_modalities", "num_interactions"),
-    *("global_entropy_threshold", "modalities"),
+    *("global_entropy_threshold", "modalities", "num_shared_candidates"),
 }
 _EXPERT_PARTS = {
     "fc1.weight": "w_in",

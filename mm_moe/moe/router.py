@@ -56,6 +56,8 @@ class Routing:
         mixing: for a router whose experts work on mixtures: `expert_TK` and `weight_TK` are then
             about the mixtures' rows (R, 1) and no longer about tokens.
         modality: place of the tokens' modality in the model's order, which the layer fills in.
+        group_T: int64, what a router's losses tell tokens apart by; None elsewhere.
+        deviation_TE: standard deviation of the noise, where the router learns it.
     """
 
     logit_TE: Tensor
@@ -66,6 +68,8 @@ class Routing:
     noisy_TE: Tensor | None = None
     mixing: Mixing | None = None
     modality: int | None = None
+    group_T: Tensor | None = None
+    deviation_TE: Tensor | None = None
 
 
 def choose(score_TE: Tensor, k: int) -> Tensor:

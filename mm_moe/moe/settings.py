@@ -20,6 +20,7 @@ _OFF_AT_ZERO = (
     "bias_update_rate",
     "num_modalities",
     "num_shared_experts",
+    "num_shared_candidates",
 )
 
 LOSS_SETTINGS = (  # which may differ between modalities
@@ -60,6 +61,8 @@ class MoESettings:
         modalities: names in the model's order; the model fills them in.
         num_modalities: of the model, which fills it in; for `by_modality` and `by_combination`.
         num_interactions: types of interaction that `by_interaction` tells apart.
+        num_shared_candidates: the last so many experts, which `noisy_candidates` offers to tokens
+            of every modality beside the modality's own.
         use_residual: mix the experts' output with a dense feed-forward's.
         num_shared_experts: feed-forwards that every token visits besides its choices.
         renormalise: False multiplies a softmax router's choices by their raw probabilities (Switch,
@@ -89,6 +92,7 @@ class MoESettings:
     modalities: list[str] = dataclasses.field(default_factory=list)  # as JSON gives it back
     num_modalities: int = 0
     num_interactions: int = 4
+    num_shared_candidates: int = 0
     use_residual: bool = False
     num_shared_experts: int = 0
     renormalise: bool = True

@@ -18,6 +18,7 @@ from mm_moe.moe.layer import RoutingRecord
 from mm_moe.training import runtime, state
 from mm_moe.training.carried import Carried, LibrarySums
 from mm_moe.training.clip import clip_without_zero
+from mm_moe.training.fill_steps import FillWarmUp
 from mm_moe.training.grad_cache import GradCache
 from mm_moe.training.guard import StepGuard
 from mm_moe.training.meter import Meter
@@ -87,6 +88,7 @@ class MultimodalTrainer(Trainer):
         whole: Any = self.model
         self.bias_update = BiasUpdate(whole.sparse_layers())
         self.add_callback(self.bias_update)
+        self.add_callback(FillWarmUp(whole))
         self.save_on_stop = save_on_stop
         self.add_callback(StopOnSignal(self.guard.signals, save=save_on_stop))
         self.add_callback(OwedEvaluation(self))

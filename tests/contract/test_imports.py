@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 LEVELS = (
     ("mm_moe",),  # errors, registry, batch
     ("mm_moe.moe", "mm_moe.data"),
-    ("mm_moe.backbones", "prompts"),
+    ("mm_moe.backbones", "mm_moe.fill", "prompts"),
     ("mm_moe.models",),
     ("mm_moe.checkpoint",),
     ("mm_moe.arguments",),
