@@ -10,16 +10,23 @@ from typing import Any
 
 import numpy as np
 
+from eval.clinical import uniform_clinical
 from eval.metrics import LOWER_IS_BETTER, has_label, scores
 from mm_moe.data.schema import (
     BINARY,
     BINARY_AUPRC,
+    CLINICAL_BINARY,
+    CLINICAL_CLASSES,
     KNEE,
     MULTI_LABEL,
     REGRESSION,
     SINGLE_LABEL,
+    SURVIVAL,
     VQA,
 )
+
+CLINICAL = (CLINICAL_BINARY, CLINICAL_CLASSES)
+TINY = 1e-12  # for the logarithm of the share of a class that training never saw
 
 
 def chance(
@@ -50,7 +57,9 @@ def chance(
         ConfigError: a problem type without scores.
     """
     labels, prior = np.asarray(labels), np.asarray(prior, dtype=float).reshape(-1)
-    if problem_type == SINGLE_LABEL:
+    if task in CLINICAL:  # the majority's probabilities count, too: those of the training labels
+        logits = np.tile(np.log(np.maximum(prior / prior.sum(), TINY)), (len(labels), 1))
+    elif problem_type == SINGLE_LABEL:
         logits = np.tile(prior, (len(labels), 1))
     elif problem_type == MULTI_LABEL:
         logits = np.tile(prior - 0.5, (len(labels), 1))  # a label that most samples have
@@ -61,12 +70,16 @@ def chance(
     labels = labels[has_label(labels)]
     if problem_type == SINGLE_LABEL:
         levels["uniform"] = _uniform_single(labels, num_labels)
-        if task in (BINARY, BINARY_AUPRC):
+        if task in (BINARY, BINARY_AUPRC, CLINICAL_BINARY):
             levels["uniform"] |= {"auroc": 0.5, "auprc": float(labels.mean())}
+        if task in CLINICAL:
+            levels["uniform"] |= uniform_clinical(labels, num_labels)
     elif task == KNEE:
         levels["uniform"] = dict.fromkeys(levels["majority"], 0.5)
     elif task == VQA:
         levels["uniform"] = {"vqa_score": float(labels.mean())}
+    elif problem_type == SURVIVAL:
+        levels["uniform"] = dict.fromkeys(levels["majority"], 0.5)
     elif problem_type != REGRESSION:
         levels["uniform"] = _uniform_multi(labels)
     return levels

@@ -22,6 +22,7 @@ from eval.metrics import resampled
 from eval.patterns import COMPLETE
 from eval.predictions import PredictionFile
 from eval.resamples import draw_groups, interval_of, over_seeds
+from mm_moe.data.schema import ONE_VALUE
 from mm_moe.errors import DataError
 
 Records = Mapping[Cell, Mapping[str, Any]]
@@ -276,6 +277,6 @@ class Comparison:
             rows=rows,
             metric=self.metric,
             problem_type=self.data["problem_type"],
-            num_labels=1 if self.data["problem_type"] == "regression" else num_labels,
+            num_labels=1 if self.data["problem_type"] in ONE_VALUE else num_labels,
             task=self.data["task"],
         )

@@ -19,6 +19,7 @@ What published benchmarks do, and we with them unless it says otherwise:
 - fastMRI knee (knee_findings): area under the ROC curve of each finding and their mean; what
   depends on a threshold is in `eval.operating`.
 - IEMOCAP (single-label): accuracy and F1 weighted by the classes' label counts.
+- Clinical tasks (clinical_binary, clinical_classes, survival): see `eval.clinical`.
 """
 
 from __future__ import annotations
@@ -27,27 +28,32 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
+from scipy import special
 from sklearn import metrics as sk
 
-from eval import sentiment
+from eval import clinical, sentiment
 from eval.resamples import LEVEL, draw_groups
 from mm_moe.batch import IGNORED_LABEL
 from mm_moe.data.schema import (
     BINARY,
     BINARY_AUPRC,
+    CLINICAL_BINARY,
+    CLINICAL_CLASSES,
     KNEE,
     MULTI_LABEL,
+    ONE_VALUE,
     REGRESSION,
     SENTIMENT_MOSI,
     SENTIMENT_SIMS,
     SINGLE_LABEL,
+    SURVIVAL,
     TASKS,
     VQA,
 )
 from mm_moe.errors import ConfigError, DataError
 from mm_moe.registry import nearest
 
-LOWER_IS_BETTER = frozenset({"mae"})
+LOWER_IS_BETTER = frozenset({"mae", *clinical.LOWER_IS_BETTER})
 IN_UNITS_OF_THE_LABEL = frozenset({"mae", "corr"})  # the others are shares, printed as percentages
 
 
@@ -133,6 +139,9 @@ METRICS: dict[str, dict[str, Metric]] = {
     SINGLE_LABEL: _SINGLE,
     BINARY: {"auroc": _auroc, "auprc": _auprc, **_SINGLE},
     BINARY_AUPRC: {"auprc": _auprc, "accuracy": sk.accuracy_score, "auroc": _auroc, **_SINGLE},
+    CLINICAL_BINARY: {"auroc": _auroc, "auprc": _auprc, **clinical.BINARY_SCORES, **_SINGLE},
+    CLINICAL_CLASSES: {**_SINGLE, **clinical.CLASS_SCORES},
+    SURVIVAL: clinical.SURVIVAL_SCORES,
     MULTI_LABEL: {
         **{f"{name}_f1": _f1(name) for name in ("macro", "micro", "samples", "weighted")},
         "map": _mean_auprc,
@@ -306,16 +315,21 @@ class _Predicted:
     ) -> None:
         _check_task(task or problem_type, problem_type=problem_type, num_labels=num_labels)
         logits, labels = _labelled(
-            logits, labels, width=1 if problem_type == REGRESSION else num_labels
+            logits, labels, width=1 if problem_type in ONE_VALUE else num_labels
         )
+        self.prob = logits
         if problem_type == SINGLE_LABEL:
             self.labels, self.decided = labels.astype(int), logits.argmax(-1)
+            self.prob = special.softmax(logits.astype(float), axis=-1)
             # Of two classes, the probability of the second one grows with this difference.
             self.ranking = logits[:, 1] - logits[:, 0] if num_labels == 2 else logits
         elif problem_type == MULTI_LABEL:
             self.labels = labels if task == VQA else labels.astype(int)
             self.decided = (logits > 0).astype(int)
             self.ranking = logits
+        elif problem_type == SURVIVAL:
+            self.labels, self.decided = labels, logits.reshape(-1)
+            self.ranking = self.decided
         else:
             self.labels, self.decided = labels.reshape(-1), logits.reshape(-1)
             self.ranking = self.decided
@@ -323,6 +337,8 @@ class _Predicted:
     def value(self, name: str, metric: Metric, rows: np.ndarray | slice = slice(None)) -> float:
         """One metric over some rows."""
         predicted = self.ranking if name in RANKING else self.decided
+        if name in clinical.OF_PROBABILITIES:
+            predicted = self.prob
         return float(metric(self.labels[rows], predicted[rows]))
 
     def share_of_choice(self) -> np.ndarray:
@@ -346,7 +362,7 @@ def _check_task(task: str, *, problem_type: str, num_labels: int) -> None:
         )
     if task == KNEE and num_labels != len(KNEE_LABELS):
         raise ConfigError(f"task {task!r} needs four labels, the data have {num_labels}.")
-    if task in (BINARY, BINARY_AUPRC) and num_labels != 2:
+    if task in (BINARY, BINARY_AUPRC, CLINICAL_BINARY) and num_labels != 2:
         raise ConfigError(f"task {task!r} needs two classes, the data have {num_labels}.")
 
 

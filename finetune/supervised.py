@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finetune.survival import cox_loss
 from mm_moe.batch import IGNORED_LABEL, Batch
 from mm_moe.errors import ConfigError
 from mm_moe.training.collectives import mean_weight
@@ -19,9 +20,9 @@ from mm_moe.training.collectives import mean_weight
 def task_loss(logits_BC: Tensor, labels: Tensor | None, problem_type: str) -> Tensor:
     """Mean loss over all ranks' rows that have a label, a float32 scalar.
 
-    Cross-entropy, binary cross-entropy over classes, or absolute error, by `problem_type`. A batch
-    in which no row has a label gives exactly 0, connected to the logits: every rank must run the
-    same backward pass.
+    Cross-entropy, binary cross-entropy over classes, absolute error, or Cox's partial likelihood
+    with Efron's ties (see `finetune.survival`), by `problem_type`. A batch in which no row has a
+    label gives exactly 0, connected to the logits: every rank must run the same backward pass.
 
     Returns:
         This rank's share, whose mean over ranks is the loss of the global batch.
@@ -46,9 +47,11 @@ def task_loss(logits_BC: Tensor, labels: Tensor | None, problem_type: str) -> Te
         keep_B = torch.isfinite(labels) & (labels != IGNORED_LABEL)
         error_B = (logits_BC.squeeze(-1) - labels.float().where(keep_B, 0.0)).abs()
         return (error_B * keep_B).sum() * mean_weight(keep_B.sum())
+    if problem_type == "survival":
+        return cox_loss(logits_BC.squeeze(-1), labels)
     raise ConfigError(
         f"problem type {problem_type!r} has no supervised loss; take one of "
-        "single_label_classification, multi_label_classification, regression."
+        "single_label_classification, multi_label_classification, regression, survival."
     )
 
 

@@ -8,7 +8,7 @@ from launch.check_objective import backbone_fields, logit_fields
 from launch.cli import Settings
 from launch.interaction_experts import interaction_fields
 from mm_moe.arguments import FLAG_OF_SETTING, ModelArguments, parse_json
-from mm_moe.data.schema import DataSource
+from mm_moe.data.schema import ONE_VALUE, REGRESSION, DataSource
 from mm_moe.errors import ConfigError
 from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.registry import BACKBONES
@@ -102,8 +102,8 @@ def label_fields(source: DataSource) -> dict[str, Any]:
     """The configuration fields of the head: classes, one number, or no head at all."""
     if source.problem_type == "none":
         return {"num_labels": 0}
-    if source.problem_type == "regression":
-        return {"num_labels": 1, "problem_type": source.problem_type}
+    if source.problem_type in ONE_VALUE:  # a risk is a number: transformers knows no survival
+        return {"num_labels": 1, "problem_type": REGRESSION}
     return {"label_names": list(source.label_names), "problem_type": source.problem_type}
 
 

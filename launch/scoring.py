@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from eval.patterns import ConditionScore, evaluate_conditions
 from mm_moe.data.collate import Collator, Interactions, Missing
-from mm_moe.data.schema import DataSource
+from mm_moe.data.schema import ONE_VALUE, DataSource
 from mm_moe.data.streaming import SampleStream
 from mm_moe.data.support_batch import Supports
 from mm_moe.data.table import MissingTable
@@ -156,8 +156,8 @@ class Scorer:
 
 
 def num_outputs(source: DataSource) -> int:
-    """Values that a head gives for each sample: one per class, one for a regression."""
-    return 1 if source.problem_type == "regression" else len(source.label_names)
+    """Values that a head gives for each sample: one per class, one for a number or a risk."""
+    return 1 if source.problem_type in ONE_VALUE else len(source.label_names)
 
 
 def train_prior(source: DataSource, split: str) -> np.ndarray:

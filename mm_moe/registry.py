@@ -193,6 +193,7 @@ OBJECTIVES = Registry(
         "soft_bce": "finetune.soft_targets:SoftBce",
         "soft_cross_entropy": "finetune.soft_targets:SoftCrossEntropy",
         "interaction": "finetune.interaction:Interaction",
+        "cox": "finetune.survival:Cox",
         "contrastive": "pretrain.contrastive:Contrastive",
         "siglip": "pretrain.contrastive:Siglip",
         "blip2_stage1": "pretrain.blip2:Blip2StageOne",

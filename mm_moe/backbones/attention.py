@@ -49,7 +49,7 @@ def attend(
         value_NLD = torch.cat([extra[1].to(value_NLD.dtype), value_NLD], dim=1)
 
     def heads(x: Tensor) -> Tensor:
-        return x.view(num_rows, -1, num_heads, width // num_heads).transpose(1, 2)
+        return x.view(num_rows, x.shape[1], num_heads, width // num_heads).transpose(1, 2)
 
     mask = score_mask(
         query_NQD, num_extra=num_extra, mask_NL=mask_NL, causal=causal, bias_1HQL=bias_1HQL

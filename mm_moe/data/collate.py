@@ -20,7 +20,14 @@ from mm_moe.data.augment import Variation
 from mm_moe.data.captions import Captions
 from mm_moe.data.decode import UndecodableImageError, decode_image
 from mm_moe.data.retrying import Remote
-from mm_moe.data.schema import MULTI_LABEL, NO_LABEL, SINGLE_LABEL, check_label, dense_label
+from mm_moe.data.schema import (
+    MULTI_LABEL,
+    NO_LABEL,
+    SINGLE_LABEL,
+    SURVIVAL,
+    check_label,
+    dense_label,
+)
 from mm_moe.errors import ConfigError, DataError
 
 # B samples, M modalities, N present rows of one modality, C classes
@@ -232,13 +239,9 @@ class Collator:
         """Labels with IGNORED_LABEL for rows without a label or without any modality."""
         if self.problem_type == NO_LABEL:
             return None
-        shape = (
-            (len(samples), self.num_labels) if self.problem_type == MULTI_LABEL else len(samples)
-        )
+        width = {MULTI_LABEL: (self.num_labels,), SURVIVAL: (2,)}.get(self.problem_type, ())
         dtype = torch.int64 if self.problem_type == SINGLE_LABEL else torch.float32
-        labels = torch.full(
-            shape if isinstance(shape, tuple) else (shape,), IGNORED_LABEL, dtype=dtype
-        )
+        labels = torch.full((len(samples), *width), IGNORED_LABEL, dtype=dtype)
         for row, sample in enumerate(samples):
             check_label(
                 sample.label,

@@ -23,11 +23,14 @@ from mm_moe.registry import nearest
 SINGLE_LABEL = "single_label_classification"
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
+SURVIVAL = "survival"  # a label is (time, event): 1 for an event at that time, 0 for censored
 NO_LABEL = "none"
-PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION, NO_LABEL)
+PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION, SURVIVAL, NO_LABEL)
+ONE_VALUE = (REGRESSION, SURVIVAL)  # a head gives one number, whatever the label has
 
 # Families of scores; where a data set names none, its problem type is its family.
 BINARY, BINARY_AUPRC = "binary", "binary_auprc"
+CLINICAL_BINARY, CLINICAL_CLASSES = "clinical_binary", "clinical_classes"
 KNEE = "knee_findings"  # four labels: abnormal, meniscus tear, cruciate ligament, cartilage
 VQA = "vqa"  # soft targets: {class: share}
 SENTIMENT_MOSI, SENTIMENT_SIMS = "sentiment_mosi", "sentiment_sims"
@@ -35,6 +38,8 @@ TASKS = {  # family -> the problem type that its model is trained on
     **{name: name for name in PROBLEM_TYPES},
     BINARY: SINGLE_LABEL,
     BINARY_AUPRC: SINGLE_LABEL,
+    CLINICAL_BINARY: SINGLE_LABEL,
+    CLINICAL_CLASSES: SINGLE_LABEL,
     KNEE: MULTI_LABEL,
     VQA: MULTI_LABEL,
     SENTIMENT_MOSI: REGRESSION,
@@ -202,8 +207,23 @@ def check_label(label: Any, *, problem_type: str, num_labels: int, sample_id: st
             raise DataError(
                 f"the {where} is {IGNORED_LABEL}, which marks rows without a label; rescale it."
             )
+    elif problem_type == SURVIVAL:
+        _check_survival(label, where)
     else:
         raise ConfigError(f"unknown problem type {problem_type!r}; {nearest_type(problem_type)}")
+
+
+def _check_survival(label: Any, where: str) -> None:
+    if not isinstance(label, Sequence) or len(label) != 2:
+        raise DataError(f"the {where} must be (time, event), two numbers.")
+    time, event = label
+    if not math.isfinite(time) or time < 0:
+        raise DataError(f"the {where} has a time that is no number of at least 0; correct it.")
+    if event not in (0, 1):
+        raise DataError(
+            f"the {where} must say 1 for an event at its time or 0 for a censored row; leave the "
+            "label empty where neither is known."
+        )
 
 
 def dense_label(label: Any, num_labels: int) -> Any:

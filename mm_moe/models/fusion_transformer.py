@@ -149,7 +149,9 @@ class FusionBlock(nn.Module):
         x_BTH = kept_BTH + self._drop(attended_BTH)
         u_BTH, record = self.norm2(x_BTH), None
         if isinstance(self.mlp, MoELayer):
-            y_RPH, record = self.mlp(u_BTH.reshape(*rows, -1), mask_BT.reshape(rows), context)
+            y_RPH, record = self.mlp(
+                u_BTH.reshape(*rows, u_BTH.shape[-1]), mask_BT.reshape(rows), context
+            )
             y_BTH = y_RPH.view_as(x_BTH)
         else:
             y_BTH = self.mlp(u_BTH)
@@ -247,7 +249,8 @@ class TransformerHead(nn.Module):
             filled: whether the features of what is missing were filled, and count.
         """
         num_samples, num_modalities = present_BM.shape
-        x_BTH = torch.stack([*parts], dim=1).view(num_samples, -1, self.width) + self.position_1TH
+        x_BTH = torch.stack([*parts], dim=1).view(num_samples, *self.position_1TH.shape[1:])
+        x_BTH = x_BTH + self.position_1TH
         real_BM = torch.ones_like(present_BM) if filled else present_BM
         mask_BT = real_BM.repeat_interleave(self.num_tokens, dim=1)
         rows = (num_samples * num_modalities, self.num_tokens)

@@ -388,7 +388,7 @@ def _batch(samples: int, rows: dict[str, int], *, load: Workload) -> Batch:
     if load.outputs and load.problem_type == "single_label_classification":
         labels = torch.empty(samples, dtype=torch.int64)
     elif load.outputs:
-        wide = load.problem_type == "multi_label_classification"
-        labels = torch.empty((samples, load.outputs) if wide else (samples,))
+        wide = {"multi_label_classification": (load.outputs,), "survival": (2,)}
+        labels = torch.empty((samples, *wide.get(load.problem_type, ())))
     present = torch.empty(samples, len(rows), dtype=torch.bool)
     return Batch.of([""] * samples, present, inputs, labels)
