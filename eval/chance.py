@@ -73,7 +73,8 @@ def chance(
         if task in (BINARY, BINARY_AUPRC, CLINICAL_BINARY):
             levels["uniform"] |= {"auroc": 0.5, "auprc": float(labels.mean())}
         if task in CLINICAL:
-            levels["uniform"] |= uniform_clinical(labels, num_labels)
+            found = uniform_clinical(labels, num_labels)
+            levels["uniform"] |= {key: found[key] for key in found if key in levels["majority"]}
     elif task == KNEE:
         levels["uniform"] = dict.fromkeys(levels["majority"], 0.5)
     elif task == VQA:

@@ -106,8 +106,7 @@ SURVIVAL_SCORES: dict[str, Score] = {"c_index": c_index, "c_index_ipcw": c_index
 
 def uniform_clinical(labels_N: np.ndarray, num_labels: int) -> dict[str, float]:
     """Scores of a model that gives every class the same probability."""
-    prob_NC = np.full((len(labels_N), num_labels), 1 / num_labels)
-    if num_labels == 2:
-        return {"brier": 0.25, "ece": ece(labels_N, prob_NC)}
-    # of a fair die's decisions one in C is right, as often as it says
-    return {"auroc_ovr": 0.5, "ece": 0.0}
+    if num_labels > 2:  # of a fair die's decisions one in C is right, as often as it says
+        return {"auroc_ovr": 0.5, "ece": 0.0}
+    error = ece(labels_N, np.full((len(labels_N), num_labels), 1 / num_labels))
+    return {"brier": 0.25, "auroc_ovr": 0.5, "ece": error}

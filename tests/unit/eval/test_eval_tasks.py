@@ -125,8 +125,9 @@ def test_weighted_f1_agrees_with_scikit_learn():
 def test_chance_knows_every_metric_of_every_task(task):
     kind = TASKS[task]
     rng = np.random.default_rng(2)
-    count = 1 if kind == "regression" else 4 if task == "knee_findings" else 2
-    labels = rng.integers(0, 2, (400, count) if kind.startswith("multi") else 400)
+    count = 4 if task == "knee_findings" else 1 if kind in ("regression", "survival") else 2
+    wide = {"multi_label_classification": (count,), "survival": (2,)}.get(kind, ())
+    labels = rng.integers(0, 2, (400, *wide))
     prior = np.full(count, 0.6)
     levels = chance(labels, prior=prior, problem_type=kind, num_labels=count, task=task)
     for level in levels.values():
