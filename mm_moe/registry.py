@@ -160,6 +160,9 @@ DATASETS = Registry(
         "physionet2012": "mm_moe.data.sets.physionet2012:Physionet2012Data",
         "adni": "mm_moe.data.sets.prepared:AdniData",
         "cells": "mm_moe.data.sets.cells:CellsData",
+        "mimic3": "mm_moe.data.sets.prepared:Mimic3Data",
+        "mimic4": "mm_moe.data.sets.prepared:Mimic4Data",
+        "eicu": "mm_moe.data.sets.prepared:EicuData",
     },
 )
 RAW_DATASETS = Registry(
@@ -184,6 +187,9 @@ RAW_DATASETS = Registry(
         "nlvr2": "mm_moe.data.prepare.nlvr2:Nlvr2Raw",
         "tables": "mm_moe.data.prepare.tables:TablesRaw",
         "adni": "mm_moe.data.prepare.adni:AdniRaw",
+        "mimic3": "mm_moe.data.prepare.mimic:Mimic3Raw",
+        "mimic4": "mm_moe.data.prepare.mimic:Mimic4Raw",
+        "eicu": "mm_moe.data.prepare.eicu:EicuRaw",
     },
 )
 OBJECTIVES = Registry(

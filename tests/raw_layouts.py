@@ -15,6 +15,7 @@ from PIL import Image
 from tests import patient_layouts
 from tests.av_mnist_layouts import av_mnist, avmnist_npy
 from tests.clinical_layouts import adni
+from tests.hospital_layouts import eicu, mimic3, mimic4
 from tests.raw_slices import fastmri_knee
 
 
@@ -372,4 +373,5 @@ MAKERS |= {"vqa_v2": vqa_v2, "vqa_vs": vqa_vs, "nlvr2": nlvr2}
 MAKERS |= {"fastmri_knee": fastmri_knee}
 
 
-MAKERS |= {"adni": adni, "tables": patient_layouts.tables}
+MAKERS |= {"adni": adni, "mimic3": mimic3, "mimic4": mimic4, "eicu": eicu}
+MAKERS |= {"tables": patient_layouts.tables}

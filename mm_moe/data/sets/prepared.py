@@ -266,6 +266,24 @@ class TablesData(PreparedData):
     expected = "tables"
 
 
+class Mimic3Data(PreparedData):
+    """MIMIC-III's tables: static values, vitals, laboratory, earlier codes, notes, prepared."""
+
+    expected = "mimic3"
+
+
+class Mimic4Data(PreparedData):
+    """MIMIC-IV's tables, prepared."""
+
+    expected = "mimic4"
+
+
+class EicuData(PreparedData):
+    """eICU's tables, prepared."""
+
+    expected = "eicu"
+
+
 def _read_info(folder: Path, make: str) -> dict[str, Any]:
     """The record of a prepared data set."""
     path = folder / INFO
