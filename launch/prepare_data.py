@@ -23,6 +23,7 @@ PROGRAMS = {  # imported when asked for: they are heavy
     "interactions": "launch.prepare_interactions",
     "features": "launch.cache_features",
     "fastmri_slices": "launch.prepare_slices",
+    "cells": "launch.prepare_cells",
 }
 
 

@@ -36,7 +36,7 @@ class CellFile:
             lists are the same.
         kept: rows that are used, in order: int64.
         library: sum of the values of every row of the file: float64 (N,).
-        dropped: reason -> number of rows that are not used.
+        dropped: reason -> the rows that are not used for it.
     """
 
     listed: Listed
@@ -44,13 +44,15 @@ class CellFile:
     place_G: np.ndarray | None
     kept: np.ndarray
     library: np.ndarray
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, np.ndarray] = field(default_factory=dict)
 
     def names(self) -> np.ndarray:
         """Ids of all rows: the species, the file, the cell's name; a number where it comes again.
 
         Text (N,).
         """
+        if self.store.full_names:
+            return self.store.names
         stem = f"{self.listed.species}/{self.listed.path.stem}"
         names = np.array([f"{stem}:{name}" for name in self.store.names], dtype=object)
         for row in np.flatnonzero(self.store.duplicated):
@@ -134,8 +136,8 @@ def refuse_mixed(store: CellStore, listed: Listed) -> None:
             )
 
 
-def wanted_rows(store: CellStore, listed: Listed, dropped: dict[str, int]) -> np.ndarray:
-    """Which rows `only` leaves: bool (N,); the others are counted in `dropped`.
+def wanted_rows(store: CellStore, listed: Listed, dropped: dict[str, np.ndarray]) -> np.ndarray:
+    """Which rows `only` leaves: bool (N,); the others are noted in `dropped`.
 
     Raises:
         DataError: it leaves none, or names a column that is not there.
@@ -145,7 +147,7 @@ def wanted_rows(store: CellStore, listed: Listed, dropped: dict[str, int]) -> np
         own_N = store.column(column)
         for label in sorted(set(own_N) - set(labels)):
             there_N = wanted_N & (own_N == label)
-            dropped[f"{column} is {label or 'not given'}"] = int(there_N.sum())
+            dropped[f"{column} is {label or 'not given'}"] = np.flatnonzero(there_N)
             wanted_N &= ~there_N
     if not wanted_N.any():
         raise DataError(
@@ -194,30 +196,33 @@ def scan(
     Raises:
         DataError: a value that cannot be, or nothing left.
     """
-    dropped: dict[str, int] = {}
+    dropped: dict[str, np.ndarray] = {}
+    if store.checked == ("counts" if counts else "normalised") and place_G is None:
+        wanted_N = wanted_rows(store, listed, dropped)
+        return CellFile(listed, store, None, np.flatnonzero(wanted_N), store.library(), dropped)
     refuse_mixed(store, listed)
     wanted_N = wanted_rows(store, listed, dropped)
-    by_share = bool(listed.prefix) and not listed.only
-    library_N = np.zeros(store.num_rows)
+    bool(listed.prefix) and not listed.only
+    library_N, total_N = np.zeros(store.num_rows), np.zeros(store.num_rows)
     for begin in range(0, store.num_rows, SCANNED):
         end = min(begin + SCANNED, store.num_rows)
         rows = store.read(begin, end)
         check_values(rows, store=store, begin=begin, counts=counts)
-        total = rows.sums()
-        own = total if place_G is None else rows.with_genes(place_G).sums()
+        total_N[begin:end] = rows.sums()
+        own = total_N[begin:end] if place_G is None else rows.with_genes(place_G).sums()
         library_N[begin:end] = own
-        if by_share:
-            mixed = (own < OWN_SHARE * total) & wanted_N[begin:end]
-            key = f"under {OWN_SHARE:.0%} of the counts are of {listed.prefix}"
-            dropped[key] = dropped.get(key, 0) + int(mixed.sum())
-            wanted_N[begin:end] &= ~mixed
+    if listed.prefix and not listed.only:
+        mixed_N = wanted_N & (library_N < OWN_SHARE * total_N)
+        key = f"under {OWN_SHARE:.0%} of the counts are of {listed.prefix}"
+        dropped[key] = np.flatnonzero(mixed_N)
+        wanted_N &= ~mixed_N
     empty_N = wanted_N & (library_N == 0)
-    if empty_N.any():
-        dropped[EMPTY] = int(empty_N.sum())
+    dropped[EMPTY] = np.flatnonzero(empty_N)
+    dropped = {reason: rows for reason, rows in dropped.items() if len(rows)}
     kept = np.flatnonzero(wanted_N & ~empty_N)
     if not len(kept):
-        raise DataError(f"{store.path} has no cell left for {listed.species!r}: {dropped}.")
-    dropped = {reason: count for reason, count in dropped.items() if count}
+        why = ", ".join(f"{len(rows):,} {reason}" for reason, rows in dropped.items())
+        raise DataError(f"{store.path} has no cell left for {listed.species!r}: {why}.")
     return CellFile(listed, store, place_G, kept, library_N, dropped)
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_moe.data.cells.stores import COUNTS_MARK, ENDINGS
 from mm_moe.errors import ConfigError, DataError
 from mm_moe.registry import nearest
 
+COUNTS_MARK = "_counts_"  # {species}_counts_{k}.npz or .parquet
+ENDINGS = (".h5ad", ".npz", ".parquet")
 SPLITS = ("train", "validation", "test")
 SETTINGS = ("path", "genes", "only")
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mm_moe.data.cells.listing import Listed
 from mm_moe.data.cells.rows import Rows
 from mm_moe.errors import DataError
 
-COUNTS_MARK, METADATA_MARK = "_counts_", "_metadata_"  # {species}_counts_{k}.npz and its metadata
-ENDINGS = (".h5ad", ".npz", ".parquet")
+METADATA_MARK = "_metadata_"  # {species}_counts_{k}.npz has {species}_metadata_{k} beside it
 
 
 class CellStore(ABC):
@@ -25,6 +26,8 @@ class CellStore(ABC):
     """
 
     random_access = True
+    checked: str | None = None  # what its values were found to be when the file was written
+    full_names = False  # whether its names are ids already, with the species and the first file
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -68,6 +71,10 @@ class CellStore(ABC):
     def files(self) -> tuple[Path, ...]:
         """What the content of the store depends on."""
         return (self.path,)
+
+    def library(self) -> np.ndarray:
+        """Sums of all cells (N,), where they were `checked`."""
+        raise NotImplementedError
 
     def need_column(self, name: str) -> str:
         """Return the name of a column that is there.
@@ -114,20 +121,31 @@ def check_rows(rows: Rows, *, path: Path, num_genes: int, count: int) -> Rows:
     return rows
 
 
-def open_store(path: Path, *, layer: str | None = None) -> CellStore:
-    """The store that reads a file, by its ending.
+def open_stores(
+    listing: Sequence[Listed], *, layer: str | None = None, pickles: bool = False
+) -> list[CellStore]:
+    """The stores that read some files, by their endings.
 
     Args:
-        path: an `.h5ad`, or `{species}_counts_{k}.npz` with its metadata beside it.
+        listing: the files; an `.npz` has its metadata beside it.
         layer: of an `.h5ad`: which matrix; None is X, "raw" is raw.X.
+        pickles: whether metadata may be a pickle.
 
     Raises:
-        DataError: no such file, or one that no store reads.
+        DataError: a file that no store reads.
     """
-    if not path.is_file():
-        raise DataError(f"there is no {path}; check data_dir and the files option.")
-    if path.suffix == ".h5ad":
-        from mm_moe.data.cells.h5ad import H5adStore
+    from mm_moe.data.cells.chunks import ChunkStore, Loaded
+    from mm_moe.data.cells.h5ad import H5adStore
+    from mm_moe.data.cells.tables import TableStore
 
-        return H5adStore(path, layer=layer)
-    raise DataError(f"{path} is no file of cells; take one of: {', '.join(ENDINGS)}.")
+    loaded = {one.species: Loaded() for one in listing}
+    makers: dict[str, Callable[[Listed], CellStore]] = {
+        ".h5ad": lambda one: H5adStore(one.path, layer=layer),
+        ".npz": lambda one: ChunkStore(one.path, loaded=loaded[one.species], pickles=pickles),
+        ".parquet": lambda one: TableStore(one.path),
+    }
+    for one in listing:
+        if one.path.suffix not in makers:
+            known = ", ".join(makers)
+            raise DataError(f"{one.path} is no file of cells; take one of: {known}.")
+    return [makers[one.path.suffix](one) for one in listing]

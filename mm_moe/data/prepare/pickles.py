@@ -30,20 +30,29 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
+def array_name(module: str, name: str) -> Any:
+    """The function behind a name that numpy arrays are rebuilt with.
+
+    Raises:
+        RefusedNameError: any other name.
+    """
+    if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+        return getattr(np, name)
+    if (module, name) == ("_codecs", "encode"):
+        return _latin1
+    if module in _ARRAY_MODULES and name in ("_reconstruct", "scalar"):
+        return getattr(importlib.import_module("numpy._core.multiarray"), name)
+    if module in _BUFFER_MODULES and name == "_frombuffer":
+        return getattr(importlib.import_module("numpy._core.numeric"), name)
+    raise RefusedNameError(f"{module}.{name}")
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Rebuilds numpy arrays and scalars; lists, dicts, texts and numbers need no name at all."""
 
     def find_class(self, module: str, name: str) -> Any:
         """The function behind a name of the short list; RefusedNameError for any other."""
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1
-        if module in _ARRAY_MODULES and name in ("_reconstruct", "scalar"):
-            return getattr(importlib.import_module("numpy._core.multiarray"), name)
-        if module in _BUFFER_MODULES and name == "_frombuffer":
-            return getattr(importlib.import_module("numpy._core.numeric"), name)
-        raise RefusedNameError(f"{module}.{name}")
+        return array_name(module, name)
 
 
 def read_arrays(path: Path) -> Any:

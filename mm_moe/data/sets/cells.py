@@ -22,7 +22,7 @@ from mm_moe.data.cells.order import check_sampler, species_line
 from mm_moe.data.cells.reader import Place, SpeciesRows
 from mm_moe.data.cells.rows import CellRow
 from mm_moe.data.cells.splits import SplitRule
-from mm_moe.data.cells.stores import CellStore, open_store
+from mm_moe.data.cells.stores import CellStore, open_stores
 from mm_moe.data.cells.vocabulary import Vocabulary, codes, labels_of, tell_unseen, unseen
 from mm_moe.data.reading import file_sha256
 from mm_moe.data.schema import NO_LABEL, SINGLE_LABEL, DataSource
@@ -35,7 +35,7 @@ logger = logging.getLogger("mm_moe.data")
 
 
 class CellsData(DataSource):
-    """Cells from `.h5ad` files.
+    """Cells from `.h5ad` files, chunks of `.npz` with metadata, or Parquet.
 
     Every file is read once at the start: its values are checked, all-zero cells are put aside and
     counted (`dropped`). Then cells are read by ranges of rows when they are needed; a batch holds
@@ -65,6 +65,8 @@ class CellsData(DataSource):
         sampler: "uniform", "proportional", "alternating" or "longest"; see
             `mm_moe.data.cells.order.turns`.
         run: cells of one species in succession; the batch size gives batches of one species.
+        pickles: whether metadata of chunks may be pickles; they are read by a reader that rebuilds
+            tables and nothing else. `launch/prepare_data.py cells` makes Parquet of them.
         name: key of splits and masks.
         license: of the files.
 
@@ -98,13 +100,14 @@ class CellsData(DataSource):
         vocabulary: Mapping[str, Any] | str | None = None,
         sampler: str = "uniform",
         run: int = 1,
+        pickles: bool = False,
         name: str = "cells",
         license: str = "that of the files",
     ) -> None:
         super().__init__(data_dir)
         if self.data_dir is None:
             raise ConfigError(
-                "data set 'cells' needs data_dir: a folder with .h5ad files of counts."
+                "data set 'cells' needs data_dir: a folder of .h5ad, .npz or .parquet files."
             )
         for option, value, known in (("values", values, VALUES), ("genes", genes, GENES)):
             if value not in known:
@@ -112,7 +115,7 @@ class CellsData(DataSource):
         check_sampler(sampler, run)
         self.name, self.license = name, license
         self.sampler, self.run, self.genes, self.values = sampler, run, genes, values
-        self.label, self.group, self.layer = label, group, layer
+        self.label, self.group, self.layer, self.pickles = label, group, layer, pickles
         self.rule = SplitRule(
             name, by=split_by, column=split_column, shares=tuple(shares), seed=split_seed
         )
@@ -125,7 +128,7 @@ class CellsData(DataSource):
 
     def _read_files(self) -> None:
         """Open, align and check every file."""
-        stores = [open_store(one.path, layer=self.layer) for one in self.listing]
+        stores = open_stores(self.listing, layer=self.layer, pickles=self.pickles)
         gene_lists = self._gene_lists(stores)
         self.moved: dict[str, int] = {}
         self.dropped: dict[str, dict[str, int]] = {}
@@ -146,9 +149,9 @@ class CellsData(DataSource):
     def _count(self, file: CellFile, moved: int) -> None:
         species = file.listed.species
         counts = self.dropped.setdefault(species, {})
-        for reason, count in file.dropped.items():
-            counts[reason] = counts.get(reason, 0) + count
-            logger.warning("%s: %d cells are not used: %s", file.listed.path, count, reason)
+        for reason, rows in file.dropped.items():
+            counts[reason] = counts.get(reason, 0) + len(rows)
+            logger.warning("%s: %d cells are not used: %s", file.listed.path, len(rows), reason)
         if moved:
             self.moved[species] = self.moved.get(species, 0) + moved
             logger.warning("%s: %d genes are put into order by name", file.listed.path, moved)
@@ -225,6 +228,16 @@ class CellsData(DataSource):
     def size_of(self, split: str) -> int:
         """Cells of a split, 0 where it does not exist."""
         return sum(len(rows) for _, rows in self._split_rows.get(split, ()))
+
+    @property
+    def files(self) -> tuple[CellFile, ...]:
+        """The files, in the order of the listing."""
+        return tuple(self._files)
+
+    def split_rows(self, split: str, number: int) -> np.ndarray:
+        """Rows of a file that are in a split, ascending; none where it does not exist."""
+        own = [rows for n, rows in self._split_rows.get(split, ()) if n == number]
+        return np.concatenate([*own, np.empty(0, dtype=np.int64)]).astype(np.int64)
 
     def species_rows(self, split: str) -> dict[str, SpeciesRows]:
         """The cells of each species in a split, in the order of the modalities."""
