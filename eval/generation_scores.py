@@ -146,7 +146,7 @@ def critic_auc(
         raise DataError("a critic needs at least two real and two generated rows.")
     width = min(components, x.shape[1], len(x) - -(-len(x) // folds))
     last = (
-        MLPClassifier((64,), max_iter=300, early_stopping=len(x) > 2000, random_state=seed)
+        MLPClassifier((64,), max_iter=100, early_stopping=len(x) > 2000, random_state=seed)
         if net
         else LogisticRegression(max_iter=1000)
     )

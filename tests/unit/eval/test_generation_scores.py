@@ -88,6 +88,6 @@ def test_a_critic_tells_what_differs_and_nothing_else():
     assert critic_auc(real, same + [2] * 8) > 0.99
     spread = same * 3  # no line parts them
     assert critic_auc(real, spread) < 0.65
-    assert critic_auc(real, spread, net=True) > 0.85
+    assert critic_auc(real, spread, net=True, folds=2) > 0.8
     with pytest.raises(DataError, match="at least two"):
         critic_auc(real[:1], same)
