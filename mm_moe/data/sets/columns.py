@@ -23,6 +23,7 @@ from mm_moe.data.schema import (
     PROBLEM_TYPES,
     REGRESSION,
     SINGLE_LABEL,
+    SURVIVAL,
     TASKS,
     DataSource,
     check_label,
@@ -130,6 +131,11 @@ class ColumnsData(DataSource):
         if self.problem_type not in PROBLEM_TYPES:
             raise ConfigError(
                 f"unknown problem_type {self.problem_type!r}; {nearest_type(self.problem_type)}"
+            )
+        if self.problem_type == SURVIVAL:
+            raise ConfigError(
+                f"a label column holds no pairs (time, event), as problem_type {SURVIVAL!r} needs "
+                "them; prepare the data with launch/prepare_data.py tables."
             )
         if (self.problem_type == NO_LABEL) == bool(self.label_column):
             raise ConfigError(

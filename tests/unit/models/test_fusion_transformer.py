@@ -145,6 +145,19 @@ def clinical_config():
     )
 
 
+def test_a_filled_modality_has_a_part_in_it():
+    config = clinical_config()
+    present = torch.tensor([[True, False]])
+    inputs = {"labs": {"values": torch.ones(1, 1, 5), "mask": torch.ones(1, 1, dtype=torch.bool)}}
+    tokens = {}
+    for fill in (None, "default"):
+        torch.manual_seed(0)
+        config.fill = fill
+        model = build_model(config).eval()
+        tokens[fill] = model(present, inputs).routing["fusion.0"].tokens_E.sum().item()
+    assert tokens == {None: P * 2, "default": 2 * P * 2}  # two experts for each token
+
+
 def test_a_model_is_saved_and_loaded_whole(tmp_path):
     torch.manual_seed(0)
     model = build_model(clinical_config()).eval()
