@@ -25,7 +25,7 @@ def tokens_of(present_BM, *, dtype=torch.float32, seed=0):
 
 
 def supports_of(present_BM, *, count=3, dtype=torch.float32, seed=1, empty=EMPTY):
-    """Modality -> supports; the rows have every modality."""
+    """Modality -> supports; the rows have every modality, and are the same for all of them."""
     generator = torch.Generator().manual_seed(seed)
     found, size = {}, 5
     for m, name in enumerate(NAMES):
@@ -38,11 +38,7 @@ def supports_of(present_BM, *, count=3, dtype=torch.float32, seed=1, empty=EMPTY
             rows_QN[empty[1]] = -1
         if num_cells > 1:
             rows_QN[-1, -1] = -1  # a pool that had too few
-        others = {
-            other: torch.randn(size, P, H, generator=generator, dtype=torch.float64).to(dtype)
-            for other in NAMES
-            if other != name
-        }
-        there_SM = torch.ones(size, len(NAMES), dtype=torch.bool)
-        found[name] = SupportTokens(x_SPH, rows_QN, there_SM, others)
+        found[name] = SupportTokens(
+            x_SPH, rows_QN, torch.ones(size, len(NAMES), dtype=torch.bool), torch.arange(size) + 10
+        )
     return found

@@ -50,7 +50,7 @@ def values_of(size, *, seed, dtype=torch.float32):
     }
 
 
-def batch_of(present_BM=PRESENT, *, part=slice(None), count=2, dtype=torch.float32, others=False):
+def batch_of(present_BM=PRESENT, *, part=slice(None), count=2, dtype=torch.float32, whole=False):
     """Rows `part` of a batch; each cell's supports depend on its sample alone.
 
     The support rows have all modalities. A sample at a multiple of 6 finds none.
@@ -66,17 +66,14 @@ def batch_of(present_BM=PRESENT, *, part=slice(None), count=2, dtype=torch.float
             inputs[name] = {"values": values[name][part][there_B]}
         rows_QN = (places[~there_B, None] * 2 + torch.arange(count) + m) % 9
         rows_QN[places[~there_B] % 6 == 0] = -1
-        wanted = rows_QN[rows_QN >= 0].unique()
+        wanted = torch.arange(9) if whole else rows_QN[rows_QN >= 0].unique()
         packed_QN = torch.searchsorted(wanted, rows_QN.clamp(min=0)) if len(wanted) else rows_QN
         supports[name] = {
             "inputs": {"values": support[name][wanted]} if len(wanted) else {},
             "rows": torch.where(rows_QN >= 0, packed_QN, -1),
             "present": torch.ones(len(wanted), len(NAMES), dtype=torch.bool),
+            "index": wanted,
         }
-        if others and len(wanted):
-            supports[name]["others"] = {
-                other: {"values": support[other][wanted]} for other in NAMES if other != name
-            }
     batch = Batch.of([str(place) for place in places.tolist()], own_BM, inputs)
     batch["supports"] = supports
     return batch

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -47,14 +47,14 @@ class SupportTokens:
         rows_QN: int64, places among the S rows for each sample that lacks the modality, in the
             order of the batch; -1 is padding.
         present_SM: which modalities each row has.
-        others: modality -> tokens (S, P, H) of the same rows, zero where they lack it; only for a
-            fill with `needs_others`.
+        index_S: int64, each row's number in the training split, by which a fill finds the row among
+            the supports of other modalities; None where the batch does not say.
     """
 
     tokens_SPH: Tensor
     rows_QN: Tensor
     present_SM: Tensor
-    others: Mapping[str, Tensor] = field(default_factory=dict)
+    index_S: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,14 @@ class Fill(nn.Module, ABC):
 
     Attributes:
         needs_supports: whether a batch has to bring support rows.
-        needs_others: whether these with all modalities that they have.
+        needs_whole: whether these with all modalities that they have.
 
     Raises:
         ConfigError: an option that cannot work.
     """
 
     needs_supports: ClassVar[bool] = False
-    needs_others: ClassVar[bool] = False
+    needs_whole: ClassVar[bool] = False
     steps_done: Tensor
 
     def __init__(self, shape: FillShape, *, warm_up_steps: int = 0) -> None:
@@ -208,17 +208,6 @@ class Fill(nn.Module, ABC):
                     f"the batch brings supports of {name!r} for {given} samples, but {lacking} of "
                     f"its {len(present_BM)} samples lack it; build supports and presence together."
                 )
-            if self.needs_others and name in supports:
-                _check_others(supports[name], name)
-
-
-def _check_others(support: SupportTokens, name: str) -> None:
-    has_more = support.present_SM.sum() > len(support.present_SM)
-    if not support.others and has_more:
-        raise DataError(
-            f"the supports of {name!r} bring {name!r} alone, and this fill compares rows by the "
-            "other modalities that they have ('others'); draw supports with others=True."
-        )
 
 
 def support_table(cells: Cells, modalities: tuple[str, ...]) -> tuple[Tensor, Tensor, list[int]]:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm_moe.fill.base import Cells, Fill, FillShape, support_table, whole
+from mm_moe.errors import DataError
+from mm_moe.fill.base import Cells, Fill, FillShape, SupportTokens, support_table, whole
 from mm_moe.fill.simple import DefaultTokens
 from mm_moe.moe.layer import RoutingRecord
 
@@ -31,7 +32,7 @@ class NeighbourFill(Fill):
     """
 
     needs_supports: ClassVar[bool] = True
-    needs_others: ClassVar[bool] = True
+    needs_whole: ClassVar[bool] = True
 
     def __init__(
         self, shape: FillShape, *, num_supports: int | None = None, warm_up_steps: int = 0
@@ -70,14 +71,28 @@ class NeighbourFill(Fill):
         num_values = cells.tokens_BMPH.shape[2:].numel()
         values, presents = [], []
         for support in [cells.supports[name] for name in names if name in cells.supports]:
+            found = [_found(support, cells.supports.get(other)) for other in names]
             blank_SD = support.tokens_SPH.new_zeros(len(support.tokens_SPH), num_values)
-            each = [
-                support.others[other].detach().flatten(1) if other in support.others else blank_SD
-                for other in names
-            ]
+            each = [blank_SD if value is None else value for value, _ in found]
             values.append(torch.stack(each, 1))
-            brought_M = torch.tensor([n in support.others for n in names], device=blank_SD.device)
-            presents.append(support.present_SM & brought_M)
+            presents.append(torch.stack([there_S for _, there_S in found], 1))
         blank = cells.tokens_BMPH.new_zeros(1, len(names), num_values)
         nothing = torch.zeros(1, len(names), dtype=torch.bool, device=blank.device)
         return torch.cat([*values, blank]), torch.cat([*presents, nothing])
+
+
+def _found(support: SupportTokens, other: SupportTokens | None) -> tuple[Tensor | None, Tensor]:
+    """Tokens (S, P * H) of the rows of one support in another modality, and who has them (S,)."""
+    size = len(support.tokens_SPH)
+    nobody_S = torch.zeros(size, dtype=torch.bool, device=support.tokens_SPH.device)
+    if other is None or not len(other.tokens_SPH):
+        return None, nobody_S
+    if support.index_S is None or other.index_S is None:
+        raise DataError(
+            "fill 'neighbour' compares samples with training rows, and the batch's supports do not "
+            "say which rows they are ('index'); hand the model the batches of a collator with "
+            "supports."
+        )
+    same_SO = support.index_S[:, None] == other.index_S
+    place_S = same_SO.long().argmax(1)
+    return other.tokens_SPH.detach().flatten(1)[place_S], same_SO.any(1)

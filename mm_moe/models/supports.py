@@ -1,8 +1,7 @@
 """Support rows in a batch: training rows that are encoded beside the samples, for a fill.
 
 They enter the towers as further samples behind the batch's own, each with only the modality that it
-supports (and, where a fill compares rows, the others that the batch brings), so that a modality's
-own and support rows are one call of its tower.
+supports, so that a modality's own and support rows are one call of its tower.
 
 Axes: B samples, M modalities, N packed rows of one modality, S support rows of one modality, W
 samples with all support rows behind them, P tokens, H their width.
@@ -61,7 +60,7 @@ class WideBatch:
             inputs: these payloads.
             interaction: (B,), if the data know it.
             supports: modality -> "inputs" (payload of S rows), "rows" (Q, N), "present" (S, M) and
-                perhaps "others" (modality -> payload of those of the S rows that have it).
+                perhaps "index" (S,).
 
         Raises:
             DataError: supports of an unknown modality, or payloads that are not those S rows.
@@ -76,15 +75,10 @@ class WideBatch:
         for name, support in supports.items():
             present_SM = support["present"]
             starts[name] = count
-            own_S = torch.arange(len(present_SM), device=present_BM.device) + count
-            brought = {name: (own_S, support["inputs"])}
-            for other, payload in others_of(support).items():
-                m = modalities.index(other)
-                brought[other] = (own_S[present_SM[:, m]], payload)
-            for modality, (place_S, payload) in brought.items():
-                if len(place_S):
-                    places[modality].append(place_S)
-                    payloads[modality].append(payload)
+            if len(present_SM):
+                place_S = torch.arange(len(present_SM), device=present_BM.device) + count
+                places[name].append(place_S)
+                payloads[name].append(support["inputs"])
             presents.append(present_SM)
             count += len(present_SM)
         if interaction is not None:
@@ -112,12 +106,10 @@ class WideBatch:
         found = {}
         for name, support in supports.items():
             start, size = self.starts[name], len(support["present"])
-            cut = {
-                modality: features[modality][start : start + size].unflatten(-1, (num_tokens, -1))
-                for modality in [name, *others_of(support)]
-            }
-            own_SPH = cut.pop(name)
-            found[name] = SupportTokens(own_SPH, support["rows"], support["present"], cut)
+            tokens_SPH = features[name][start : start + size].unflatten(-1, (num_tokens, -1))
+            found[name] = SupportTokens(
+                tokens_SPH, support["rows"], support["present"], support.get("index")
+            )
         return found
 
 
@@ -173,23 +165,6 @@ def check_supports(supports: Supports, modalities: Sequence[str]) -> None:
             raise DataError(
                 f"supports of {name!r} hold {given} rows, and {size} are described in present."
             )
-        for other, payload in others_of(support).items():
-            if other not in modalities or other == name:
-                raise DataError(
-                    f"supports of {name!r} bring {other!r} besides; that must be another one of "
-                    f"{', '.join(modalities)}."
-                )
-            wanted = int(present_SM[:, list(modalities).index(other)].sum())
-            if _num_rows(payload) != wanted:
-                raise DataError(
-                    f"supports of {name!r} bring {_num_rows(payload)} rows of {other!r}, and "
-                    f"{wanted} of them are marked as having it."
-                )
-
-
-def others_of(support: Mapping[str, Any]) -> dict[str, Payload]:
-    """Modality -> payload of the support rows' further modalities, if the batch brings any."""
-    return support.get("others") or {}
 
 
 def _num_rows(payload: Payload) -> int:

@@ -77,7 +77,7 @@ def test_evaluation_is_deterministic_and_a_sample_depends_on_itself(name, option
         before = int((~PRESENT[:1, m]).sum())
         s = supports[n]
         rows_QN = s.rows_QN[before : before + int(~PRESENT[1, m])]
-        alone[n] = SupportTokens(s.tokens_SPH, rows_QN, s.present_SM, s.others)
+        alone[n] = SupportTokens(s.tokens_SPH, rows_QN, s.present_SM, s.index_S)
     three = fill({n: x[1:2] for n, x in tokens.items()}, PRESENT[1:2], alone).tokens
     assert all(torch.allclose(three[n][0], one[n][1], atol=1e-6) for n in NAMES)
 

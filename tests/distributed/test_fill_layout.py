@@ -35,7 +35,7 @@ def compare(rank, world_size, ep_size, fill, counts):
 
     whole = model_of(fill, FILLS[fill]).double()
     sharded = make_expert_parallel(copy.deepcopy(whole), ep_size=ep_size)
-    options = {"dtype": torch.float64, "others": fill == "neighbour"}
+    options = {"dtype": torch.float64, "whole": fill == "neighbour"}
     wanted = outcome(whole, batch_of(PRESENT, **options), scale=1)
     start = sum(counts[:rank])
     own = slice(start, start + counts[rank])

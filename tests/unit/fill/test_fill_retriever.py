@@ -56,7 +56,7 @@ def test_the_order_of_supports_changes_nothing(options):
     fill = RetrieverFill(SHAPE, **options).eval()
     supports = supports_of(PRESENT)
     turned = {
-        name: SupportTokens(s.tokens_SPH, s.rows_QN.flip(1), s.present_SM, s.others)
+        name: SupportTokens(s.tokens_SPH, s.rows_QN.flip(1), s.present_SM, s.index_S)
         for name, s in supports.items()
     }
     one, two = (fill(tokens_of(PRESENT), PRESENT, s).tokens for s in (supports, turned))
