@@ -18,6 +18,7 @@ from launch.cli import Settings
 from launch.interaction_flags import training_interactions
 from launch.members import composed_config, composed_model
 from launch.model_config import model_config
+from launch.own_models import carry_objective, own_config, prepare_objective, processors_of
 from launch.scoring import Scorer, train_prior
 from launch.tables import read_tables
 from launch.zero_shot import ZeroShot, flat, has_pairs, zero_shot_of
@@ -32,8 +33,9 @@ from mm_moe.data.table import MissingTable
 from mm_moe.errors import ConfigError
 from mm_moe.models.building import build_model
 from mm_moe.models.composed_configuration import ComposedConfig
-from mm_moe.models.folder import AnyConfig, AnyModel
-from mm_moe.models.processing import ImageProcessor, processors_for, save_processors
+from mm_moe.models.configuration import MultimodalMoEConfig
+from mm_moe.models.folder import AnyConfig, AnyModel, new_model
+from mm_moe.models.processing import ImageProcessor, save_processors
 from mm_moe.models.take_head import take_head
 from mm_moe.moe.parallel import make_expert_parallel
 from mm_moe.training import runtime
@@ -48,6 +50,8 @@ INITIAL_BATCH = 32  # samples that are embedded at once to start a prompt
 
 def run_config(settings: Settings, source: DataSource, *, prompt: str) -> AnyConfig:
     """The configuration of the run's model: of one model, or of several members."""
+    if (own := own_config(settings, source)) is not None:
+        return own
     if settings.model.experts_over:
         return composed_config(settings, source, prompt=prompt)
     return model_config(settings, source, prompt=prompt)
@@ -59,6 +63,8 @@ def dense_model(settings: Settings, config: AnyConfig) -> AnyModel:
     model: AnyModel
     if isinstance(config, ComposedConfig):
         model = composed_model(settings, config)
+    elif not isinstance(config, MultimodalMoEConfig):
+        model = new_model(config)
     else:
         model = build_model(config, pretrained=settings.model.pretrained)
         if settings.model.keep_head:
@@ -263,9 +269,7 @@ def prepare_run(
     """Build the model, spread its experts over `ep_size` processes and make its trainer."""
     model = dense_model(settings, run_config(settings, source, prompt=prompt))
     make_expert_parallel(model, ep_size=ep_size, backend=settings.moe.moe_backend)
-    processors = processors_for(
-        model.config, source=settings.model.tokenizer or settings.model.pretrained
-    )
+    processors = processors_of(settings, model)
     check_start_token(model.config, processors)
     scorer = Scorer(
         model,
@@ -279,6 +283,7 @@ def prepare_run(
     run = Run(settings, source, model, scorer)
     run.initialise_prompt()
     objective = objective_of(settings, problem_type=source.problem_type)
+    prepare_objective(objective, model, settings)
     collator = run.train_collator()
     runtime.allow_another_trainer()
     run.trainer = MultimodalTrainer(
@@ -307,6 +312,7 @@ def prepare_run(
         save_on_stop=save_on_stop,
         callbacks=callbacks,
     )
+    carry_objective(objective, run.trainer)
     run.bad_samples = run.watch_bad_samples()
     run.trainer.add_callback(run.bad_samples)
     return run

@@ -19,7 +19,7 @@ from mm_moe.data.augment import Augment
 from mm_moe.data.missing import MissingProtocol, kinds_for
 from mm_moe.data.schema import NO_LABEL, DataSource
 from mm_moe.errors import CheckpointError, ConfigError, DataError
-from mm_moe.models.folder import config_of
+from mm_moe.models.folder import config_of, is_own
 from mm_moe.registry import BACKBONES, DATASETS, OBJECTIVES, PROMPTS, ROUTERS
 from mm_moe.training import runtime
 from mm_moe.training.deepspeed_config import check_deepspeed_config, read_deepspeed_config
@@ -27,6 +27,7 @@ from mm_moe.training.deepspeed_config import check_deepspeed_config, read_deepsp
 DEFAULT_DEEPSPEED = "ds_configs/zero2.json"
 AUTO = "auto"  # --resume_from_checkpoint: go on if there is something, else start
 OURS = ".mm_moe-"  # a lock, or a probe of whether a folder can be written to
+WRITTEN_BY_THE_LIBRARY = ("transformers_version", "_name_or_path", "architectures", "dtype")
 ROWS_READ = 100_000  # of each split, before training; about 0.1 ms a row
 
 
@@ -54,6 +55,7 @@ def check_json(values: argparse.Namespace) -> None:
         "backbone_config",
         "fusion_config",
         "members_config",
+        "model_config",
         "moe_config",
         "prompt_config",
         "dataset_options",
@@ -281,6 +283,8 @@ def _settings_of(fields: dict[str, Any]) -> dict[str, Any]:
     keys += ["moe_every", "lora", "prompt", "prompt_config", "num_labels", "problem_type"]
     keys += ["fusion", "fusion_rank", "fusion_size", "head_hidden_size", "feature_norm"]
     keys += ["fusion_options", "combine", "frozen", "pad_text", "fill", "fill_config"]
+    if is_own(fields):
+        keys = [key for key in full if key not in WRITTEN_BY_THE_LIBRARY]
     found = {key: full[key] for key in keys if key in full}
     for key in ("moe", "backbone_config"):  # by single settings, so that one that differs is named
         parts = found.pop(key, None)

@@ -33,6 +33,7 @@ from launch.zero_shot import has_pairs, scored_split, write_rows
 from mm_moe.checkpoint import store
 from mm_moe.data.table import MissingTable
 from mm_moe.models.composed_configuration import ComposedConfig
+from mm_moe.models.own import OwnModel
 from mm_moe.training import runtime, slurm
 
 
@@ -187,6 +188,8 @@ def zero_shot_scores(run: Run) -> tuple[str, list[ZeroShotRow]] | None:
 
 def _title(run: Run) -> str:
     config = run.model.config
+    if isinstance(run.model, OwnModel):
+        return str(config.model_type)
     if isinstance(config, ComposedConfig):
         return f"{config.combine} of {', '.join(config.experts)}"
     return "no prompts" if run.model.config.prompt == "none" else run.model.config.prompt

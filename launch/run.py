@@ -25,6 +25,7 @@ from launch import (
     members,
     model_flags,
     moe_flags,
+    own_models,
 )
 from launch.assemble import Run, for_comparison, prepare_run
 from launch.check_reports import wanted_trackers
@@ -195,6 +196,7 @@ def check(values: argparse.Namespace, argv: list[str]) -> DataSource:
     source = view_of(source, vars(values))
     ep_size = interaction_experts.interaction_layout(values, source, ep_size=ep_size)
     ep_size = fill_flags.fill_layout(values, source, ep_size=ep_size)
+    ep_size = own_models.check_own_model(values, source, ep_size=ep_size)
     members.check_members(values, source)
     if not values.resume_from_checkpoint:
         checks.check_output(values, resume=None)

@@ -192,6 +192,12 @@ RAW_DATASETS = Registry(
         "eicu": "mm_moe.data.prepare.eicu:EicuRaw",
     },
 )
+MODELS = Registry(  # of their own kind, by `model_type`; what an objective may train
+    "model",
+    {
+        "mm_moe_cell_vae": "mm_moe.cells.modeling:CellVAE",
+    },
+)
 OBJECTIVES = Registry(
     "objective",
     {
@@ -203,5 +209,6 @@ OBJECTIVES = Registry(
         "contrastive": "pretrain.contrastive:Contrastive",
         "siglip": "pretrain.contrastive:Siglip",
         "blip2_stage1": "pretrain.blip2:Blip2StageOne",
+        "mmvae": "pretrain.mmvae:CellObjective",
     },
 )

@@ -31,6 +31,13 @@ class ModelArguments:
     backbone_config: str | None = field(
         default=None, metadata={"help": "JSON object that overrides the backbone's configuration."}
     )
+    model_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON object with the settings of a model of its own kind, which has no "
+            "backbone: that of --objective mmvae."
+        },
+    )
     model: str | None = field(
         default=None,
         metadata={

@@ -78,11 +78,8 @@ def _fetch(
     except KeyError as error:
         reason = "" if name == entry.name else "; its parameter was frozen in the run that wrote it"
         raise CheckpointError(f"{str(file)!r} has no tensor {name!r}{reason}. {WAY_OUT}") from error
-    shape = entry.join(entry.parts).shape
-    if entry.owner is not None:
-        shape = torch.Size([entry.owner.num_experts, *shape[1:]])
-    if found.shape != shape:
-        raise CheckpointError(f"{str(file)!r}: {shape_difference(name, found.shape, shape)}")
+    if found.shape != entry.shape:
+        raise CheckpointError(f"{str(file)!r}: {shape_difference(name, found.shape, entry.shape)}")
     return found
 
 

@@ -17,13 +17,14 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mm_moe.errors import ParallelismError
 from mm_moe.moe.batch_norm import BatchNorm
 from mm_moe.moe.dispatch import Dispatcher
 from mm_moe.moe.experts import Experts
 from mm_moe.moe.layer import MoELayer, moe_layers
+from mm_moe.moe.parallel_exchange import Exchange, Permute, SumOverRanks
+from mm_moe.moe.parallel_placed import SpreadPlaced
 from mm_moe.moe.parallel_state import (
     SpreadMoE,
     experts_apart,
@@ -33,6 +34,7 @@ from mm_moe.moe.parallel_state import (
     slice_experts,
 )
 from mm_moe.moe.parallel_stock import StockMoE, check_stock
+from mm_moe.moe.placed import placed_layers
 from mm_moe.moe.running_mean import RunningMean
 
 __all__ = [
@@ -78,51 +80,6 @@ def default_ep_size(*, num_experts: int, world_size: int, local_world_size: int)
     return math.gcd(num_experts, world_size, local_world_size)
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce SUM forward and backward.
-
-    Every rank computes the same loss from the totals. The sum of their gradients is P times the
-    gradient of that one loss, and the mean over ranks that DeepSpeed takes makes it exact.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, totals: Tensor) -> Tensor:
-        totals = totals.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(totals)
-        return totals
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad
-
-
-class _Exchange(torch.autograd.Function):
-    """Uneven all-to-all of rows; backward sends the gradients the same way back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_RD: Tensor, send_P: list[int], receive_P: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.send_P, ctx.receive_P, ctx.group = send_P, receive_P, group
-        return _all_to_all(x_RD, send_P, receive_P, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grad, ctx.receive_P, ctx.send_P, ctx.group), None, None, None
-
-
-def _all_to_all(
-    x_RD: Tensor, send_P: list[int], receive_P: list[int], group: dist.ProcessGroup
-) -> Tensor:
-    out_RD = x_RD.new_empty(sum(receive_P), x_RD.shape[1])
-    dist.all_to_all_single(out_RD, x_RD.contiguous(), receive_P, send_P, group=group)
-    return out_RD
-
-
 class ExpertParallelDispatcher(Dispatcher):
     """The experts are spread over the processes of a DeepSpeed expert-parallel group.
 
@@ -142,19 +99,19 @@ class ExpertParallelDispatcher(Dispatcher):
         received_PL = torch.empty_like(sent_PL)
         dist.all_to_all_single(received_PL, sent_PL, group=group)
         send_P, receive_P = torch.stack([sent_PL.sum(1), received_PL.sum(1)]).tolist()
-        arrived_RD = _Exchange.apply(x_RD, send_P, receive_P, group)
+        arrived_RD = Exchange.apply(x_RD, send_P, receive_P, group)
         # rows arrive sorted by (process, expert); the experts want (expert, process)
         expert_R = torch.arange(received_PL.shape[1], device=x_RD.device).repeat(size)
         expert_R = expert_R.repeat_interleave(received_PL.flatten(), output_size=len(arrived_RD))
         order_R = torch.argsort(expert_R, stable=True)
         back_R = torch.empty_like(order_R)
         back_R[order_R] = torch.arange(len(order_R), device=x_RD.device)
-        y_RD = experts(_Permute.apply(arrived_RD, order_R, back_R), received_PL.sum(0))
-        return _Exchange.apply(_Permute.apply(y_RD, back_R, order_R), receive_P, send_P, group)
+        y_RD = experts(Permute.apply(arrived_RD, order_R, back_R), received_PL.sum(0))
+        return Exchange.apply(Permute.apply(y_RD, back_R, order_R), receive_P, send_P, group)
 
     def sum_over_ranks(self, totals: Tensor) -> Tensor:
         """Differentiable sum over all processes of the run."""
-        return _SumOverRanks.apply(totals)
+        return SumOverRanks.apply(totals)
 
     def gather_over_ranks(self, rows: Tensor) -> tuple[Tensor, int]:
         """Rows of all processes of the run: counts first, then rows padded to the longest part."""
@@ -168,21 +125,6 @@ class ExpertParallelDispatcher(Dispatcher):
         dist.all_gather(parts, padded)
         whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
         return whole, sum(sizes[: dist.get_rank()])
-
-
-class _Permute(torch.autograd.Function):
-    """Reorder rows; backward is the inverse gather instead of a scatter with atomic adds."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_R)
-        return x_RD.index_select(0, order_R)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_R,) = ctx.saved_tensors
-        return grad_RD.index_select(0, inverse_R), None, None
 
 
 class ExpertParallelMoE(SpreadMoE, MoE):
@@ -248,7 +190,7 @@ BACKENDS: dict[str, type[ExpertParallelMoE | StockMoE]] = {
 
 
 def make_expert_parallel(model: nn.Module, *, ep_size: int, backend: str = "ours") -> nn.Module:
-    """Replace each `MoELayer` of a model by one that holds this process' experts.
+    """Replace each `MoELayer` and `PlacedExperts` by one that holds this process' experts.
 
     Call it on every rank, after `torch.distributed` is up, on a finished model that is identical on
     all ranks; then hand the model to DeepSpeed. Also at `ep_size` 1, so that the engine treats
@@ -268,6 +210,7 @@ def make_expert_parallel(model: nn.Module, *, ep_size: int, backend: str = "ours
             settings ask for.
     """
     layers = moe_layers(model)
+    placed = placed_layers(model)
     if backend not in BACKENDS:
         raise ParallelismError(f"unknown backend {backend!r}; take one of {', '.join(BACKENDS)}.")
     for name, layer in layers.items():
@@ -278,14 +221,23 @@ def make_expert_parallel(model: nn.Module, *, ep_size: int, backend: str = "ours
         check_layout(
             num_experts=layer.num_experts, ep_size=ep_size, world_size=dist.get_world_size()
         )
+    for name, experts in placed.items():
+        if isinstance(experts, SpreadPlaced):
+            raise ParallelismError(f"layer {name!r} is expert-parallel already; build a new model.")
+        check_layout(
+            num_experts=len(experts.names), ep_size=ep_size, world_size=dist.get_world_size()
+        )
     if dist.get_world_size() > 1:
         for module in model.modules():
             if isinstance(module, BatchNorm | RunningMean):
-                module.sum_over_ranks = _SumOverRanks.apply
+                module.sum_over_ranks = SumOverRanks.apply
     for name, layer in layers.items():
         replacement = BACKENDS[backend](layer, ep_size=ep_size)
         if not name:
             return replacement
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, replacement)
+    for name, experts in placed.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, SpreadPlaced(experts, ep_size=ep_size))
     return model

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 from mm_moe.errors import ParallelismError
 from mm_moe.moe.layer import MoELayer, moe_layers
+from mm_moe.moe.parallel_placed import SpreadPlaced, enlarged
+from mm_moe.moe.placed import placed_layers
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
 DEEPSPEED_EXPERTS = "deepspeed_moe.experts.deepspeed_experts."  # what DeepSpeed's engine looks for
 
 
@@ -124,6 +127,12 @@ class LogicalTensor:
     owner: MoELayer | None
     single: bool = False
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole."""
+        own = self.join(self.parts).shape
+        return own if self.owner is None else torch.Size([self.owner.num_experts, *own[1:]])
+
     def join(self, values: Sequence[Tensor]) -> Tensor:
         """The local stack (or the whole) from values shaped as the parts."""
         return torch.stack([value.t() for value in values]) if self.single else values[0]
@@ -142,6 +151,66 @@ class LogicalTensor:
         return whole if self.owner is None else slice_experts(whole, self.owner)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlacedTensor(LogicalTensor):
+    """A tensor of an expert that one process of each expert-parallel group holds whole.
+
+    Attributes:
+        full: its own shape; the part held here may be larger, see `SpreadPlaced`.
+        group_name: DeepSpeed's name of the group.
+        holder: who of the group holds it.
+        device: of this process.
+    """
+
+    full: torch.Size
+    group_name: str
+    holder: int
+    device: torch.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """The expert's own."""
+        return self.full
+
+    def split(self, local: Tensor) -> list[Tensor]:
+        """Zeros stand behind the expert's own part."""
+        return [enlarged(local, part.shape) for part in self.parts]
+
+    def gather(self, values: Sequence[Tensor]) -> Tensor:
+        """The holder's tensor on every process of the group. A collective."""
+        group = groups._get_expert_parallel_group(self.group_name)
+        whole = None
+        if self.parts:
+            whole = values[0][tuple(slice(0, size) for size in self.full)].contiguous()
+        if dist.get_world_size(group) == 1:
+            assert whole is not None
+            return whole
+        source = dist.get_global_rank(group, self.holder)
+        kind = torch.tensor([DTYPES.index(whole.dtype) if whole is not None else 0])
+        kind = kind.to(self.device)
+        dist.broadcast(kind, source, group=group)
+        if whole is None:
+            whole = torch.empty(self.full, dtype=DTYPES[int(kind)], device=self.device)
+        dist.broadcast(whole, source, group=group)
+        return whole
+
+
+def _placed(layer: SpreadPlaced, prefix: str, own: str, held: Tensor) -> Iterator[PlacedTensor]:
+    """The logical tensors of all experts that stand where the one of `own` does."""
+    name, _, rest = own.partition(".")
+    slot = layer.local_names.index(name)
+    for holder, expert in enumerate(layer.at_slot(slot)):
+        yield PlacedTensor(
+            name=f"{prefix}experts.{expert}.{rest}",
+            parts=(held,) if expert == name else (),
+            owner=None,
+            full=layer.shapes[f"{expert}.{rest}"],
+            group_name=layer.expert_group_name,
+            holder=holder,
+            device=held.device,
+        )
+
+
 def logical_tensors(model: nn.Module, held: Mapping[str, Tensor]) -> Iterator[LogicalTensor]:
     """The logical tensors that some of a model's own tensors make up, in the order of the model.
 
@@ -151,7 +220,15 @@ def logical_tensors(model: nn.Module, held: Mapping[str, Tensor]) -> Iterator[Lo
     """
     owners, renamed = _owners(model), _renamed(model)
     names: dict[str, list[str]] = {}
+    placed = {
+        f"{_dotted(prefix)}experts.": layer
+        for prefix, layer in placed_layers(model).items()
+        if isinstance(layer, SpreadPlaced)
+    }
+    apart = [own for own in held if own.startswith(tuple(placed))]
     for own in held:
+        if own in apart:
+            continue
         name = renamed.get(own, own)
         if name is not None:
             names.setdefault(name, []).append(own)
@@ -163,6 +240,10 @@ def logical_tensors(model: nn.Module, held: Mapping[str, Tensor]) -> Iterator[Lo
             owner=owner,
             single=owner is not None and own_names[0] in renamed,
         )
+    for own in apart:  # in one order on all ranks: their structure is the same
+        start = next(start for start in placed if own.startswith(start))
+        prefix = start.removesuffix("experts.")
+        yield from _placed(placed[start], prefix, own.removeprefix(start), held[own])
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -178,8 +259,9 @@ def _owners(model: nn.Module) -> dict[str, MoELayer]:
     """Name of an expert parameter -> the layer that it belongs to."""
     layers = moe_layers(model)
     owners: dict[str, MoELayer] = {}
+    placed = tuple(f"{_dotted(prefix)}experts." for prefix in placed_layers(model))
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if is_expert_parameter(parameter):
+        if is_expert_parameter(parameter) and not name.startswith(placed):
             found = [layer for prefix, layer in layers.items() if name.startswith(_dotted(prefix))]
             assert found, f"expert parameter {name} outside every MoE layer"
             owners[name] = found[0]

@@ -104,6 +104,15 @@ def shift_rows(rows_BD: Tensor) -> Tensor:
     return arriving_BD
 
 
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum over all ranks; not differentiable."""
+    if num_ranks() == 1:
+        return values
+    total = values.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
 def mean_weight(count: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Factor from a sum over this rank's rows to its share of the mean over all ranks' rows.
 

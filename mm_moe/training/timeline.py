@@ -34,7 +34,7 @@ from mm_moe.batch import IMAGE, TEXT, Batch, base_modality
 from mm_moe.moe.dispatch import Dispatcher
 from mm_moe.moe.experts import Experts
 from mm_moe.moe.layer import moe_layers
-from mm_moe.moe.parallel import _Permute
+from mm_moe.moe.parallel_exchange import Permute
 from mm_moe.moe.router_by_group import GroupRouter
 
 # Samples and rows of a recording; as primes, no number of tokens is one of samples.
@@ -186,8 +186,8 @@ class PlannedDispatcher(Dispatcher):
         order_R = torch.argsort(expert_R, stable=True)
         back_R = torch.empty_like(order_R)
         back_R[order_R] = torch.arange(received)
-        y_RD = self._run(_Permute.apply(arrived_RD, order_R, back_R), experts)
-        return _Arrive.apply(_Permute.apply(y_RD, back_R, order_R), sent)
+        y_RD = self._run(Permute.apply(arrived_RD, order_R, back_R), experts)
+        return _Arrive.apply(Permute.apply(y_RD, back_R, order_R), sent)
 
     def _run(self, x_RD: Tensor, experts: Experts) -> Tensor:
         num_experts, _, hidden = experts.w_in.shape
