@@ -85,6 +85,11 @@ class CellVAE(OwnModel):
             raise ConfigError(
                 f"data set {source.name!r} holds no counts of cells; take --dataset cells."
             )
+        if own.values != "counts":
+            raise ConfigError(
+                f"the model normalises counts itself, and these values are {own.values}; take "
+                'counts ("values": "counts", perhaps another "layer").'
+            )
         words = own.vocabulary
         try:
             return CellVAEConfig(

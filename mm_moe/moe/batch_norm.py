@@ -59,6 +59,8 @@ class BatchNorm(nn.Module):
 
     def _by_running(self, x_NCHW: Tensor) -> Tensor:
         mean_C, var_C = self.running_mean_C, self.running_var_C
+        if self.training:  # a later pass of the same step may change them
+            mean_C, var_C = mean_C.clone(), var_C.clone()
         return F.batch_norm(x_NCHW, mean_C, var_C, self.weight, self.bias, eps=self.eps)
 
     def _by_batch(self, x_NCHW: Tensor, *, blank: bool) -> Tensor:
@@ -84,5 +86,6 @@ class BatchNorm(nn.Module):
     @torch.no_grad()
     def _remember(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:
         unbiased_C = var_C * (count / (count - 1).clamp(min=1))
-        self.running_mean_C.lerp_(mean_C.to(self.running_mean_C.dtype), self.momentum)
-        self.running_var_C.lerp_(unbiased_C.to(self.running_var_C.dtype), self.momentum)
+        # as data: an earlier pass of the same step keeps them for its backward, and reads nothing
+        self.running_mean_C.data.lerp_(mean_C.to(self.running_mean_C.dtype), self.momentum)
+        self.running_var_C.data.lerp_(unbiased_C.to(self.running_var_C.dtype), self.momentum)

@@ -16,6 +16,7 @@ LEVELS = (
     ("mm_moe.moe", "mm_moe.data"),
     ("mm_moe.backbones", "mm_moe.fill", "prompts"),
     ("mm_moe.models",),
+    ("mm_moe.cells",),
     ("mm_moe.checkpoint",),
     ("mm_moe.arguments",),
     ("mm_moe.training",),
