@@ -57,10 +57,14 @@ def train(vae, objective, pieces, *, mean) -> list[dict[str, Any]]:
 
 
 def mean_over_ranks(vae) -> None:
-    """What ZeRO does: dense gradients are averaged; experts' are summed where they are, over P."""
+    """What ZeRO does: sums over all, or over the holders of an expert, by the number of ranks."""
+    from deepspeed.utils import groups
+
     for parameter in vae.parameters():
-        if getattr(parameter, "allreduce", True):
-            dist.all_reduce(parameter.grad)
+        group = None
+        if not getattr(parameter, "allreduce", True):
+            group = groups._get_expert_data_parallel_group(parameter.group_name)
+        dist.all_reduce(parameter.grad, group=group)
         parameter.grad /= dist.get_world_size()
 
 
