@@ -95,20 +95,33 @@ def _whole_loss(
 ) -> Tensor:
     """`tiled_loss` with all logits of this rank at once: fastest where they fit."""
     image_GD, text_GD, counts_G = unpacked(keys)
-    own_B = torch.arange(len(image_BD), device=image_BD.device) + tiling.first
-    lacking_G = counts_G == 0
-    logits_BG = scale * image_BD @ text_GD.T + bias
     if tiling.sigmoid:
-        signed_BG = -logits_BG  # what each logit should be large in: "no" but for the pairs
+        # what each logit should be large in: "no" but for the pairs
+        signed_BG = ((-scale * image_BD) @ text_GD.T).sub_(bias)
         signed_BG.diagonal(tiling.first).neg_()
         return -((F.logsigmoid(signed_BG) @ counts_G) * counts_B).sum()
-    alone = len(image_BD) == len(image_GD)  # one process: the other direction is the transpose
-    other_BG = logits_BG.T if alone else scale * text_BD @ image_GD.T
-    total = image_BD.new_zeros(())
-    for direction_BG in (logits_BG, other_BG):
-        kept_BG = direction_BG.masked_fill(lacking_G, EXCLUDED)
-        total = total + (F.cross_entropy(kept_BG, own_B, reduction="none") * counts_B).sum()
-    return total
+    own_B = torch.arange(len(image_BD), device=image_BD.device) + tiling.first
+    lacking = counts_G == 0, counts_B == 0
+    if len(image_BD) < len(image_GD):
+        logits_BG = _masked((scale * image_BD) @ text_GD.T, *lacking)
+        image_losses_B = F.cross_entropy(logits_BG, own_B, reduction="none")
+        del logits_BG  # backward needs the log-probabilities alone
+        logits_BG = _masked((scale * text_BD) @ image_GD.T, *lacking)
+    else:  # all rows are here, so the other direction is the transpose
+        logits_BG = _masked((scale * image_BD) @ text_GD.T, *lacking)
+        image_losses_B = F.cross_entropy(logits_BG, own_B, reduction="none")
+        logits_BG = logits_BG.T
+    text_losses_B = F.cross_entropy(logits_BG, own_B, reduction="none")
+    total = ((image_losses_B + text_losses_B) * counts_B).sum()
+    return total + 0 * bias.sum()  # the bias has a gradient, of zero
+
+
+def _masked(logits_BG: Tensor, lacking_G: Tensor, lacking_B: Tensor) -> Tensor:
+    """Exclude the rows that are no pairs on both sides, in place: a copy would be a second B x G.
+
+    The losses of the excluded rows count for nothing; excluding them makes the transpose masked.
+    """
+    return logits_BG.masked_fill_(lacking_G, EXCLUDED).masked_fill_(lacking_B[:, None], EXCLUDED)
 
 
 @dataclass(frozen=True)
