@@ -1,6 +1,6 @@
 """Figures of a run. Each function returns a matplotlib Figure and touches no global state.
 
-L MoE layers, E experts.
+L MoE layers, S logged steps, E experts.
 """
 
 from __future__ import annotations
@@ -158,6 +158,32 @@ def expert_load_map(load: Mapping[str, Sequence[float]]) -> Figure:
                     ha="center",
                     va="center",
                 )
+    return figure
+
+
+def modality_maps(
+    share: Mapping[str, np.ndarray], *, steps: Sequence[int], modality: str
+) -> Figure:
+    """Heat maps, one for each block: a modality's share in what each expert gets, over the steps.
+
+    Args:
+        share: block -> (S, E), from 0 to 1; NaN (an idle expert) is left white.
+        steps: S logged steps.
+        modality: whose share it is.
+    """
+    figure = Figure(figsize=(1.5 + 3.2 * len(share), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    row = figure.subplots(1, len(share), squeeze=False)[0]
+    for axes, (block, share_SE) in zip(row, share.items(), strict=True):
+        edges = np.array([0, *steps]), np.arange(share_SE.shape[1] + 1) - 0.5
+        image = axes.pcolormesh(*edges, share_SE.T, cmap="coolwarm", vmin=0, vmax=1)
+        axes.set_yticks(range(share_SE.shape[1]) if share_SE.shape[1] <= 16 else [])
+        axes.tick_params(labelsize=8)
+        axes.set_title(f"block {_plain(block)}", fontsize=9)
+        axes.set_xlabel("step")
+        axes.set_ylabel("expert")
+    what = f"share of {_plain(modality)} in an expert's tokens"
+    figure.colorbar(image, ax=row, label=what).ax.tick_params(labelsize=8)
     return figure
 
 

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from eval.chance import best_chance
 from eval.metrics import IN_UNITS_OF_THE_LABEL, LOWER_IS_BETTER
 from eval.pictures import expert_load_map, loss_curve, png, save_png, score_bars
+from eval.specialisation import picture as specialisation_picture
+from eval.specialisation import shares_experts
 from mm_moe.errors import DataError
 
 COMPLETE = "complete"
@@ -37,7 +39,10 @@ def write_report(run_dir: str | Path) -> Path:
             f"{run_dir} is no run folder: it has no run.json; name the folder of a run."
         )
     scores = _read_json(run_dir / "scores.json") or {}
-    pictures = _pictures(read_metrics(run_dir / "metrics.jsonl"), scores)
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    pictures = _pictures(metrics, scores)
+    if shares_experts(run) and (by_modality := specialisation_picture(metrics)):
+        pictures["Experts by modality"] = by_modality
     for title, figure in pictures.items():
         save_png(figure, run_dir / f"{title.lower().replace(' ', '_')}.png")
     environment = jinja2.Environment(
