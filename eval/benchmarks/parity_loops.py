@@ -23,6 +23,7 @@ from mm_moe.moe.layer import MoELayer
 from mm_moe.moe.parallel import make_expert_parallel
 from mm_moe.moe.settings import MoESettings
 from mm_moe.training import runtime
+from mm_moe.training.alone import skip_exchanges
 from mm_moe.training.clip import clip_without_zero
 from mm_moe.training.gradients import full_gradients
 from mm_moe.training.optimizer import parameter_groups
@@ -181,6 +182,7 @@ def make_engine(cell: Cell) -> Any:
     deepspeed = importlib.import_module("deepspeed")
     engine, *_ = deepspeed.initialize(model=model, optimizer=_adamw(groups), config=config)
     clip_without_zero(engine)
+    skip_exchanges(engine)
     return engine
 
 

@@ -25,7 +25,7 @@ def global_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
         if parameter.grad is None:
             continue
         key = getattr(parameter, "group_name", None)
-        square = parameter.grad.detach().float().square().sum()
+        square = torch.linalg.vector_norm(parameter.grad.detach().float()).square()
         squares[key] = squares.get(key, torch.zeros_like(square)) + square
     total = torch.zeros((), device=parameters[0].device)
     for key in sorted(squares, key=str):

@@ -16,6 +16,7 @@ from mm_moe.errors import DataError, StoppedError
 from mm_moe.models.shards import SHARD_SIZE
 from mm_moe.moe.layer import RoutingRecord
 from mm_moe.training import runtime, state
+from mm_moe.training.alone import skip_exchanges
 from mm_moe.training.carried import Carried, LibrarySums
 from mm_moe.training.clip import clip_without_zero
 from mm_moe.training.fill_steps import FillWarmUp
@@ -159,6 +160,7 @@ class MultimodalTrainer(Trainer):
         """Let the Trainer build the engine, but restore from our logical checkpoint."""
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
         clip_without_zero(model)
+        skip_exchanges(model)
         self.guard.attach(model, step=self._steps_before)
         if resume_from_checkpoint is not None:
             state.restore(Path(resume_from_checkpoint), engine=model, scheduler=self.lr_scheduler)
