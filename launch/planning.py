@@ -285,8 +285,8 @@ class Planner:
         features = everyone * 2 * 4 * self.model.backbone.out_width  # float32, two modalities
         if objective.variant == "chunked":
             return 2 * features  # and their gradients
-        # per direction a log-softmax, its mask, two gradients
-        return features + everyone * samples * (2 * (4 + 1) + 2 * 4)
+        # per direction a log-softmax and a gradient
+        return features + everyone * samples * 2 * (4 + 4)
 
     @functools.cached_property
     def contrastive(self) -> Contrastive | None:
