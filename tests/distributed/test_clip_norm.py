@@ -45,3 +45,17 @@ def test_the_norm_by_hand_on_every_rank():
     ]
     for found in run_distributed(norms, WORLD):
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_large_gradient_is_summed_by_rows():
+    from mm_moe.training.clip import LARGE, squared_norm
+
+    grad = torch.full((LARGE + 3,), 3.0)  # not a whole number of rows
+    grad[-1] = 4.0
+    assert float(squared_norm(grad)) == pytest.approx(9.0 * (LARGE + 2) + 16.0, rel=1e-7)
+    drawn = torch.randn(2 * LARGE, generator=torch.Generator().manual_seed(0))
+    assert float(squared_norm(drawn)) == pytest.approx(
+        float(drawn.double().square().sum()), rel=1e-7
+    )
+    drawn[7] = torch.inf
+    assert not math.isfinite(float(squared_norm(drawn)))
