@@ -196,7 +196,7 @@ class Run:
 
         Their number and order do not depend on the number of processes.
         """
-        wanted = max(prompt.initial_samples for prompt in self.model.prompts)
+        wanted = max((prompt.initial_samples for prompt in self.model.prompts), default=0)
         training = self.settings.training
         if not wanted:
             return

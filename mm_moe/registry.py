@@ -148,6 +148,7 @@ DATASETS = Registry(
         "interaction_dial": "mm_moe.data.sets.interaction_dial:InteractionDialData",
         "av_mnist": "mm_moe.data.sets.prepared:AvMnistData",
         "avmnist_npy": "mm_moe.data.sets.prepared:AvMnistNpyData",
+        "digit_pairs": "mm_moe.data.sets.prepared:DigitPairsData",
         "fastmri_knee": "mm_moe.data.sets.prepared:FastmriKneeData",
         "cached_features": "mm_moe.data.sets.cached_features:CachedFeaturesData",
         "vqa_rad": "mm_moe.data.sets.vqa_rad:VqaRadData",
@@ -181,6 +182,7 @@ RAW_DATASETS = Registry(
         "urfunny": "mm_moe.data.prepare.urfunny:UrfunnyRaw",
         "av_mnist": "mm_moe.data.prepare.av_mnist:AvMnistRaw",
         "avmnist_npy": "mm_moe.data.prepare.avmnist_npy:AvMnistNpyRaw",
+        "digit_pairs": "mm_moe.data.prepare.digit_pairs:DigitPairsRaw",
         "fastmri_knee": "mm_moe.data.prepare.fastmri_knee:FastmriKneeRaw",
         "vqa_v2": "mm_moe.data.prepare.vqa:VqaV2Raw",
         "vqa_vs": "mm_moe.data.prepare.vqa:VqaVsRaw",
@@ -196,6 +198,7 @@ MODELS = Registry(  # of their own kind, by `model_type`; what an objective may 
     "model",
     {
         "mm_moe_cell_vae": "mm_moe.cells.modeling:CellVAE",
+        "mm_moe_mixture_vae": "mm_moe.models.mixture.modeling:MixtureVAE",
     },
 )
 OBJECTIVES = Registry(
@@ -210,5 +213,6 @@ OBJECTIVES = Registry(
         "siglip": "pretrain.contrastive:Siglip",
         "blip2_stage1": "pretrain.blip2:Blip2StageOne",
         "mmvae": "pretrain.mmvae:CellObjective",
+        "mixture_vae": "pretrain.mixture:MixtureVae",
     },
 )

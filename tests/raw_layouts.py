@@ -280,7 +280,7 @@ def urfunny(folder: Path) -> Path:
 
 
 MAKERS |= {"mmsd": mmsd, "mustard": mustard, "urfunny": urfunny}
-MAKERS |= {"av_mnist": av_mnist, "avmnist_npy": avmnist_npy}
+MAKERS |= {"av_mnist": av_mnist, "avmnist_npy": avmnist_npy, "digit_pairs": av_mnist}
 
 
 def vqa_entries(numbers, *, answers) -> tuple[list, list]:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from eval.benchmarks.moe_layer import RESULTS, describe_machine
 from eval.metrics import scores
-from mm_moe.data.sets.prepared import AvMnistData
+from mm_moe.data.sets.prepared import AvMnistData, PreparedData
 from mm_moe.models import ComposedConfig, ComposedModel, MultimodalMoEConfig
 from mm_moe.models.modeling import MultimodalMoEModel
 
@@ -72,7 +72,7 @@ Split = tuple[dict[str, Tensor], Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
 
-def load(source: AvMnistData, split: str, *, rows: int, pool: int) -> Split:
+def load(source: PreparedData, split: str, *, rows: int, pool: int) -> Split:
     """Values by modality (float32, scaled) and labels of the first `rows` rows (0: all).
 
     The spectrogram is averaged over squares of `pool` places.

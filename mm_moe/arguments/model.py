@@ -35,7 +35,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "JSON object with the settings of a model of its own kind, which has no "
-            "backbone: that of --objective mmvae."
+            "backbone: that of --objective mmvae or mixture_vae."
         },
     )
     model: str | None = field(

@@ -87,7 +87,7 @@ class AvMnistRaw(RawDataSet):
         "MNIST (Y. LeCun, C. Cortes) CC BY-SA 3.0; Free Spoken Digit Dataset (Z. Jackson et al.) "
         "CC BY-SA 4.0; ESC-10 (K. J. Piczak) CC BY 3.0 and CC0 clips"
     )
-    notes = (
+    notes: tuple[str, ...] = (
         "Images are sums of principal components without the mean; values can be negative.",
         "Image and audio of a row share the digit and nothing else.",
     )
@@ -157,28 +157,34 @@ class AvMnistRaw(RawDataSet):
 
     def rows(self, split: str) -> Iterator[RawRow]:
         """Rows in the order of MNIST; the recordings of a digit follow one another in a circle."""
-        train = _digits(self.files[0])
-        last = len(train["label"]) - len(train["label"]) // VALIDATION_PART
-        fitted, found = train["image"][:last], train
-        span = {"train": slice(0, last), "validation": slice(last, None), "test": slice(None)}
-        if split == "test":
-            found = _digits(self.files[1])
-        basis = LeadingComponents(fitted, count=self.components)
-        found = {key: value[span[split]] for key, value in found.items()}
-        limit = self.limits[split] or len(found["label"])
-        recordings = self._recordings(split, set(map(int, found["label"][:limit])) & set(range(10)))
+        found = self.written(split)
+        fitted = self._spans(train := _digits(self.files[0]))["train"]
+        basis = LeadingComponents(train["image"][fitted], count=self.components)
+        recordings = self.spoken(split, set(map(int, found["label"])) & set(range(10)))
         noises = self._noises(split)
-        spoken = dict.fromkeys(recordings, 0)
-        for image, label, row in zip(*(found[k][:limit] for k in found), strict=True):
+        times = dict.fromkeys(recordings, 0)
+        for image, label, row in zip(*found.values(), strict=True):
             digit, name = int(label), f"mnist-{int(row):05d}"
             if digit not in recordings:
                 yield RawRow(name, fault=f"wrong label: {digit} is no digit")
                 continue
             clips = recordings[digit]
-            clip = clips[spoken[digit] % len(clips)]
-            spoken[digit] += 1
+            clip = clips[times[digit] % len(clips)]
+            times[digit] += 1
             audio = self._audio(clip, noises, number=int(row))
             yield RawRow(name, {"image": basis(image), "audio": audio}, digit)
+
+    def written(self, split: str) -> dict[str, np.ndarray]:
+        """Pictures, labels and row numbers of a split, as many as its limit allows."""
+        found = _digits(self.files[1 if split == "test" else 0])
+        span = self._spans(found)[split]
+        limit = self.limits[split] or len(found["label"])
+        return {key: value[span][:limit] for key, value in found.items()}
+
+    def _spans(self, found: dict[str, np.ndarray]) -> dict[str, slice]:
+        """Split -> its rows in its file."""
+        last = len(found["label"]) - len(found["label"]) // VALIDATION_PART
+        return {"train": slice(0, last), "validation": slice(last, None), "test": slice(None)}
 
     def _audio(self, clip: np.ndarray, noises: list[np.ndarray], *, number: int) -> np.ndarray:
         """The spectrogram of one row."""
@@ -192,7 +198,7 @@ class AvMnistRaw(RawDataSet):
             noise = np.zeros(len(clip))
         return spectrogram(mix(clip, noise, snr_db=self.snr_db), size=self.audio_size)
 
-    def _recordings(self, split: str, digits: set[int]) -> dict[int, list[np.ndarray]]:
+    def spoken(self, split: str, digits: set[int]) -> dict[int, list[np.ndarray]]:
         """Digit -> its clips in this split, in the order of their ids."""
         belongs = AUDIO_SPLITS[self.audio_split][split]
         found: dict[int, list[np.ndarray]] = {digit: [] for digit in sorted(digits)}

@@ -230,6 +230,12 @@ class AvMnistNpyData(PreparedData):
     expected = "avmnist_npy"
 
 
+class DigitPairsData(PreparedData):
+    """Written and spoken digits in pairs, prepared."""
+
+    expected = "digit_pairs"
+
+
 class FastmriKneeData(PreparedData):
     """fastMRI knee slices, magnitude and phase, prepared."""
 
