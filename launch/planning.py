@@ -13,6 +13,7 @@ import torch
 from launch.assemble import learning_rate_scale
 from launch.check_objective import plain_objective
 from launch.cli import Settings
+from launch.fill_flags import fill_exchange
 from launch.fusion_experts import fusion_exchange
 from launch.plan_model import meta_model, shard, weightless_config
 from launch.scoring import num_outputs
@@ -144,7 +145,7 @@ class Planner:
             self.notes.append(f"activations without what prompt {self.config.prompt!r} generates")
         if config.fill is not None:
             config.fill, config.fill_config = None, {}
-            self.notes.append(f"activations and exchange without fill {self.config.fill!r}")
+            self.notes.append(f"activations without what fill {self.config.fill!r} does")
         if plain == moe and config.prompt == self.config.prompt and config.fill == self.config.fill:
             return self.model
         config.moe = plain or None
@@ -323,6 +324,7 @@ class Planner:
                             recomputed=bool(every) and block % every == 0,
                         )
                     )
+        found += fill_exchange(self.model.fill, missing=self.missing, samples=samples)
         head = self.model.head
         if isinstance(head, InteractionHead):
             rows, hidden = samples * len(head.kinds), hidden_of(head.layer)

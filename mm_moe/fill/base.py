@@ -106,6 +106,8 @@ class Fill(nn.Module, ABC):
     Attributes:
         needs_supports: whether a batch has to bring support rows.
         needs_whole: whether these with all modalities that they have.
+        num_supports: how many rows the data draw for a cell; None: as many as the sample has
+            modalities.
 
     Raises:
         ConfigError: an option that cannot work.
@@ -113,6 +115,7 @@ class Fill(nn.Module, ABC):
 
     needs_supports: ClassVar[bool] = False
     needs_whole: ClassVar[bool] = False
+    num_supports: int | None = None
     steps_done: Tensor
 
     def __init__(self, shape: FillShape, *, warm_up_steps: int = 0) -> None:
