@@ -304,7 +304,7 @@ def train_and_finish(
         settings,
         source,
         prompt=prompt,
-        title=prompt,
+        title=settings.run.objective if own_models.own_model(settings.run.objective) else prompt,
         signals=signals,
         watchdog=watchdog,
         start=start,

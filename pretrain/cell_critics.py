@@ -23,6 +23,7 @@ class CriticPlay:
     Args:
         critics: species -> its critic, in the order of the experts.
         placement: of the experts.
+        cells_are_real: real are cells; otherwise what a decoder makes of its own species' cells.
         kind: of loss, see `critic_loss`.
         steps: of a critic for each of the model.
         learning_rate: of their Adam.
@@ -34,12 +35,14 @@ class CriticPlay:
         critics: dict[str, OutputCritic],
         *,
         placement: Placement,
+        cells_are_real: bool,
         kind: str,
         steps: int,
         learning_rate: float,
         most_auc: float,
     ) -> None:
-        self.placement, self.kind, self.steps, self.most_auc = placement, kind, steps, most_auc
+        self.placement, self.cells_are_real, self.kind = placement, cells_are_real, kind
+        self.steps, self.most_auc = steps, most_auc
         self.held = {
             name: Discriminator(
                 critic, learning_rate=learning_rate, sum_over=placement.sum_over_holders
@@ -52,21 +55,24 @@ class CriticPlay:
     ) -> tuple[Tensor, Tensor]:
         """Train the critics on detached values, then let the model try to fool them.
 
-        Real cells stand against what the species' decoder makes of its own cells and of those of
-        other species. Every holder of a species makes the same calls.
+        Every holder of a species makes the same calls.
 
         Returns:
-            The sum over the generated cells here of what the model pays, and the mean area under
-            the ROC curve of the critics here.
+            What the model pays, as a sum over cells here that becomes a mean over generated cells
+            when it is divided by the number of cells; and the mean area under the ROC curve of the
+            critics here.
         """
         total, areas = None, []
         for place, critic in enumerate(self.held.values()):
-            real = passes.cells.genes[place].profile
-            fake = torch.cat([generated[place].profile, crossing.generated[place].profile])
+            own, cross = generated[place].profile, crossing.generated[place].profile
+            real, fake = own.detach(), cross
+            if self.cells_are_real:
+                real, fake = passes.cells.genes[place].profile, torch.cat([own, cross])
             areas.append(self._train(critic, real, fake.detach()))
             paid = fooling_loss(critic.module(fake), kind=self.kind).sum()
             total = paid if total is None else total + paid
         assert total is not None  # every process holds an expert
+        total = total / 2 if self.cells_are_real else total  # twice as many are generated
         return total, total.new_tensor(sum(areas) / len(areas))
 
     def _train(self, critic: Discriminator, real: Tensor, fake: Tensor) -> float:

@@ -40,6 +40,7 @@ from mm_moe.training.own_objective import StatefulObjective
 from pretrain.cell_critics import CriticPlay
 
 BALANCES = ("none", "genes")
+REAL = ("cells", "cis")
 Z = "z"  # the last layer of the adversaries
 
 
@@ -64,6 +65,10 @@ class CellObjective(StatefulObjective):
         adversary_learning_rate: of their Adam.
         adversary_ramp: steps over which the reversal grows from 0 to 1; 0: at once.
         critic_weight: of fooling the critics of outputs; 0: there are none.
+        critic_real: what counts as real. "cells": real cells, against all that is generated.
+            "cis": what a decoder makes of its own species' cells, against what it makes of others';
+            a decoder says expected values, which are smooth where single cells are sparse, so
+            that a critic of cells has an easy task that no generator can spoil.
         critic_hidden: their widths.
         critic_loss: "logits" or "hinge".
         critic_steps: steps of theirs for each of the model.
@@ -96,6 +101,7 @@ class CellObjective(StatefulObjective):
     adversary_learning_rate: float = 1e-3
     adversary_ramp: int = 1000
     critic_weight: float = 0.0
+    critic_real: str = "cells"
     critic_hidden: list[int] = field(default_factory=lambda: [256, 64])
     critic_loss: str = "logits"
     critic_steps: int = 1
@@ -106,7 +112,8 @@ class CellObjective(StatefulObjective):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("balance", BALANCES), ("critic_loss", LOSSES)):
+        kinds = (("balance", BALANCES), ("critic_loss", LOSSES), ("critic_real", REAL))
+        for name, known in kinds:
             value = getattr(self, name)
             if value not in known:
                 hint = nearest(str(value), list(known))
@@ -161,6 +168,7 @@ class CellObjective(StatefulObjective):
                     for name in model.species.local_names
                 },
                 placement=model.species.placement,
+                cells_are_real=self.critic_real == "cells",
                 kind=self.critic_loss,
                 steps=self.critic_steps,
                 learning_rate=self.critic_learning_rate,
@@ -233,7 +241,7 @@ class CellObjective(StatefulObjective):
             losses |= self._crossed(passes, posterior, crossing, batch["ids"], weight)
             if self.critics is not None:
                 fooled, auc = self.critics.play(passes, generated, crossing)
-                losses["critic"] = self.critic_weight * fooled * weight / 2
+                losses["critic"] = self.critic_weight * fooled * weight
                 figures["critic_auc"] = auc
         return CellOutput(
             mu=posterior.mu,
