@@ -3,6 +3,9 @@
 Afterwards `--dataset NAME --data_dir DIR` streams it. Bad rows (no label, a missing file, an image
 that does not decode, NaN, ...) are counted, named and listed in `DIR/quarantine.jsonl`.
 
+Clinical data (adni, mimic3, mimic4, eicu, ...) come under pseudonyms: shards, quarantine and all
+that a run writes from them name nobody. `DIR/ids.csv` translates, for its owner only.
+
 `prepare_data.py interactions` and `features` make something of a data set instead, and
 `fastmri_slices` makes slices of volumes; see their --help.
 """

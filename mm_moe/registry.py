@@ -164,6 +164,7 @@ DATASETS = Registry(
         "mimic3": "mm_moe.data.sets.prepared:Mimic3Data",
         "mimic4": "mm_moe.data.sets.prepared:Mimic4Data",
         "eicu": "mm_moe.data.sets.prepared:EicuData",
+        "mimic_tensors": "mm_moe.data.sets.prepared:MimicTensorsData",
     },
 )
 RAW_DATASETS = Registry(
@@ -192,6 +193,7 @@ RAW_DATASETS = Registry(
         "mimic3": "mm_moe.data.prepare.mimic:Mimic3Raw",
         "mimic4": "mm_moe.data.prepare.mimic:Mimic4Raw",
         "eicu": "mm_moe.data.prepare.eicu:EicuRaw",
+        "mimic_tensors": "mm_moe.data.prepare.mimic_tensors:MimicTensorsRaw",
     },
 )
 MODELS = Registry(  # of their own kind, by `model_type`; what an objective may train

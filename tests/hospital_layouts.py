@@ -7,6 +7,9 @@ Stay n lasts 3 days, or 10 where n is divisible by 4, and its patient dies where
 import gzip
 from pathlib import Path
 
+import numpy as np
+import torch
+
 STAYS = 40
 NOTE = "Patient walks the dog Fridolin."
 
@@ -40,42 +43,56 @@ def events(n: int):
     yield 211, -2.0, 999, -2.0  # before the stay
 
 
-def admissions():
+def admissions(patient: int = 1000, stay: int = 5000):
     for n in range(STAYS):
         died = int(n % 5 == 0)
         kind = ("EMERGENCY", "ELECTIVE")[n % 2]
-        yield (1000 + n // 2, 5000 + n, at(n, 0), at(n, days(n) * 24), died, kind)
+        yield (patient + n // 2, stay + n, at(n, 0), at(n, days(n) * 24), died, kind)
 
 
-def mimic3(folder: Path) -> Path:
-    """Two stays of each patient; laboratory values without an admission; one child."""
-    lines = [(*row[:4], row[5], "CLINIC", "Private", row[4]) for row in admissions()]
+def mimic3(
+    folder: Path,
+    *,
+    patient: int = 1000,
+    stay: int = 5000,
+    insurer: str = "Private",
+    lab: float = 10,
+) -> Path:
+    """Two stays of each patient; laboratory values without an admission; one child.
+
+    The insurer and the laboratory value are those of the first stay.
+    """
+    lines = [(*row[:4], row[5], "CLINIC", "Private", row[4]) for row in admissions(patient, stay)]
+    lines[0] = (*lines[0][:6], insurer, lines[0][7])
     heading = "subject_id,hadm_id,admittime,dischtime,admission_type,admission_location,insurance"
     put_gz(folder / "ADMISSIONS.csv.gz", f"{heading},hospital_expire_flag", lines)
     born = [
-        (1000 + n, "FM"[n % 2], f"{2149 if n == 3 else 2080 + n}-01-01 00:00:00") for n in range(20)
+        (patient + n, "FM"[n % 2], f"{2149 if n == 3 else 2080 + n}-01-01 00:00:00")
+        for n in range(20)
     ]
-    born[7] = (1007, "M", "1850-01-01 00:00:00")  # over 89
+    born[7] = (patient + 7, "M", "1850-01-01 00:00:00")  # over 89
     put_gz(folder / "PATIENTS.csv.gz", "subject_id,gender,dob", born)
     names = [(211, "Heart Rate"), (618, "Respiratory Rate")]
     put_gz(folder / "D_ITEMS.csv.gz", "itemid,label", names)
     put_gz(folder / "D_LABITEMS.csv.gz", "itemid,label", [(50868, "Anion Gap")])
     chart = [
-        (1000 + n // 2, 5000 + n, item, at(n, hours), at(n, stored), value, 0)
+        (patient + n // 2, stay + n, item, at(n, hours), at(n, stored), value, 0)
         for n in range(STAYS)
         for item, hours, value, stored in events(n)
     ]
-    chart.append((1000, 5000, 211, at(0, 5), at(0, 5), 888, 1))
+    chart.append((patient, stay, 211, at(0, 5), at(0, 5), 888, 1))
     heading = "subject_id,hadm_id,itemid,charttime,storetime,valuenum,error"
     put_gz(folder / "CHARTEVENTS.csv.gz", heading, chart)
-    labs = [(1000 + n // 2, None, 50868, at(n, 6), 10 + n) for n in range(STAYS)]
+    labs = [
+        (patient + n // 2, None, 50868, at(n, 6), lab if n == 0 else 10 + n) for n in range(STAYS)
+    ]
     put_gz(folder / "LABEVENTS.csv.gz", "subject_id,hadm_id,itemid,charttime,valuenum", labs)
-    codes = [(5000 + n, "4280" if n % 2 == 0 else "V3000") for n in range(STAYS)]
+    codes = [(stay + n, "4280" if n % 2 == 0 else "V3000") for n in range(STAYS)]
     put_gz(folder / "DIAGNOSES_ICD.csv.gz", "hadm_id,icd9_code", codes)
     notes = [
-        (5000, at(0, 2), "Nursing", NOTE, None),
-        (5000, at(0, 60), "Nursing", "too late", None),
-        (5001, at(1, 2), "Discharge summary", "she died", None),
+        (stay, at(0, 2), "Nursing", NOTE, None),
+        (stay, at(0, 60), "Nursing", "too late", None),
+        (stay + 1, at(1, 2), "Discharge summary", "she died", None),
     ]
     put_gz(folder / "NOTEEVENTS.csv.gz", "hadm_id,charttime,category,text,iserror", notes)
     return folder
@@ -103,6 +120,7 @@ def mimic4(folder: Path) -> Path:
     codes = [(5000 + n, 10, "I509") for n in range(STAYS)]
     put_gz(folder / "hosp" / "diagnoses_icd.csv.gz", "hadm_id,icd_version,icd_code", codes)
     notes = [(5000, at(0, 2), at(0, 3), NOTE), (5001, at(1, 2), at(1, 60), "read too late")]
+    notes += [(5000 + n, at(n, 2), at(n, 3), "clear") for n in range(2, STAYS, 3)]
     put_gz(folder / "note" / "radiology.csv.gz", "hadm_id,charttime,storetime,text", notes)
     return folder
 
@@ -138,4 +156,19 @@ def eicu(folder: Path) -> Path:
     ]
     put_gz(folder / "diagnosis.csv.gz", "patientunitstayid,diagnosisoffset,diagnosisstring", codes)
     put_gz(folder / "note.csv.gz", "patientunitstayid,noteoffset,notetext", [(7000, 30, NOTE)])
+    return folder
+
+
+def mimic_tensors(folder: Path) -> Path:
+    """Forty rows of twenty patients; a row of -2 and one of zeros."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for name, width in (("lab_x", 6), ("note_x", 5), ("code_x", 4)):
+        values = torch.from_numpy(rng.normal(3.0, 2.0, (STAYS, width))).float()
+        values[3] = -2.0 if name == "note_x" else values[3]
+        values[4] = 0.0 if name == "code_x" else values[4]
+        torch.save(values if name != "lab_x" else values.double(), folder / f"{name}.pt")
+    lines = [f"{1000 + n // 2},{n % 2}" for n in range(STAYS)]
+    text = "\n".join(["subject_id,one_year_mortality", *lines, ""])
+    (folder / "labels.csv").write_text(text)
     return folder

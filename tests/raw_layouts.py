@@ -15,7 +15,7 @@ from PIL import Image
 from tests import patient_layouts
 from tests.av_mnist_layouts import av_mnist, avmnist_npy
 from tests.clinical_layouts import adni
-from tests.hospital_layouts import eicu, mimic3, mimic4
+from tests.hospital_layouts import eicu, mimic3, mimic4, mimic_tensors
 from tests.raw_slices import fastmri_knee
 
 
@@ -374,4 +374,5 @@ MAKERS |= {"fastmri_knee": fastmri_knee}
 
 
 MAKERS |= {"adni": adni, "mimic3": mimic3, "mimic4": mimic4, "eicu": eicu}
+MAKERS |= {"mimic_tensors": mimic_tensors}
 MAKERS |= {"tables": patient_layouts.tables}

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mm_moe.batch import TEXT
 from mm_moe.data.chance import split_of
 from mm_moe.data.prepare.encoding import TableEncoder, text_cells
 from mm_moe.data.prepare.hospital_store import EventStore, NoteStore
@@ -219,6 +220,7 @@ class HospitalRaw(RawDataSet):
 
     def _read_notes(self) -> None:
         self.note_store: NoteStore | None = None
+        trained = False  # a modality that no training stay has teaches nothing
         for stays, hours, texts in self.read_notes():
             left = (stays >= 0) & (hours <= self.hours)
             self.counts["notes after the prediction time"] += int(((stays >= 0) & ~left).sum())
@@ -226,8 +228,11 @@ class HospitalRaw(RawDataSet):
                 self.note_store = self.note_store or NoteStore()
                 chosen = [text for text, keep in zip(texts, left, strict=True) if keep]
                 self.note_store.add(stays[left], hours[left], chosen)
+                trained |= bool(self.train_S[stays[left]].any())
+        if not trained:
+            self.note_store = None
         if self.note_store:
-            self.kinds["notes"] = TEXTS
+            self.kinds[TEXT] = TEXTS
 
     def _read_codes(self) -> None:
         """Codes that enough training stays have, as zeros and ones."""
@@ -289,7 +294,7 @@ class HospitalRaw(RawDataSet):
             if events is not None:
                 payload[series] = events
         if self.note_store:
-            payload["notes"] = self.note_store.get(place, max_chars=self.max_note_chars)
+            payload[TEXT] = self.note_store.get(place, max_chars=self.max_note_chars)
         if place in self.codes:
             found = np.zeros(self.num_codes, np.uint8)
             found[self.codes[place]] = 1

@@ -290,6 +290,12 @@ class EicuData(PreparedData):
     expected = "eicu"
 
 
+class MimicTensorsData(PreparedData):
+    """MIMIC as vectors of laboratory, notes and codes, prepared."""
+
+    expected = "mimic_tensors"
+
+
 def _read_info(folder: Path, make: str) -> dict[str, Any]:
     """The record of a prepared data set."""
     path = folder / INFO

@@ -97,7 +97,7 @@ def test_notes_are_joined_in_order_and_cut_at_the_front():
 
 def test_mimic3_by_hand(tmp_path, capsys):
     source = run("mimic3", layouts.mimic3(tmp_path / "raw"), tmp_path / "out", min_stays=3)
-    assert source.modalities == ("static", "vitals", "labs", "notes", "codes")
+    assert source.modalities == ("static", "vitals", "labs", "text", "codes")
     rows = check_stays(source, first=5000, excluded=(6, 7))  # both of the child
     for n in (0, 1, 8):
         sample = rows[f"stay-{5000 + n}"][1]
@@ -114,8 +114,8 @@ def test_mimic3_by_hand(tmp_path, capsys):
     assert findings["vitals events without a number"] == 38
     assert findings["vitals events marked as errors"] == 1
     assert findings["stays of patients under min_age"] == 2
-    assert rows["stay-5000"][1].payload["notes"] == layouts.NOTE
-    assert "notes" not in rows["stay-5001"][1].payload
+    assert rows["stay-5000"][1].payload["text"] == layouts.NOTE
+    assert "text" not in rows["stay-5001"][1].payload
     assert findings["notes after the prediction time"] == 1
     assert findings["discharge summaries left out"] == 1
     assert "vitals events after the prediction time: 38" in capsys.readouterr().out
@@ -140,7 +140,7 @@ def test_mimic4_by_hand(tmp_path):
         (47.0, "Heart Rate (211)", 78),
     ]
     assert by_variable(source, sample, "labs") == [(6.0, "50868", 18)]
-    assert rows["stay-5000"][1].payload["notes"] == layouts.NOTE
+    assert rows["stay-5000"][1].payload["text"] == layouts.NOTE
     assert source.info["findings"]["notes after the prediction time"] == 1
     static = source.info["findings"]["static"]["columns"]
     assert ["age", "numeric", 1] in static
