@@ -114,6 +114,7 @@ class Collator:
         if lacking:
             raise ConfigError(f"no processor for {', '.join(lacking)}.")
         self.modalities, self.processors = tuple(modalities), processors
+        self._kinds = {name: base_modality(name) for name in modalities}
         self.problem_type, self.num_labels = problem_type, num_labels
         self.missing, self.max_bad_samples = missing, max_bad_samples
         self.interactions, self.supports = interactions, supports
@@ -180,9 +181,10 @@ class Collator:
         value = sample.payload[modality]
         if isinstance(value, PackedArray) or modality in self.vectors:
             return value
-        if base_modality(modality) == TEXT:
+        kind = self._kinds[modality]
+        if kind == TEXT:
             return self._text(sample, value)
-        if base_modality(modality) != IMAGE:
+        if kind != IMAGE:
             return value
         try:
             image = decode_image(value, remote=self.remote)

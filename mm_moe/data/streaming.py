@@ -100,7 +100,7 @@ class SampleStream(torch.utils.data.IterableDataset):
             # The loader asks its workers in turn, so batch t must come from worker t % count.
             if batch % count == index and place // self.batch_size == self.rank:
                 sample = self.source.to_sample(row)
-                yield replace(sample, epoch=epoch) if epoch else sample
+                yield sample if sample.epoch == epoch else replace(sample, epoch=epoch)
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The canonical line of raw rows from `start` on, those of all ranks, with their epochs."""

@@ -59,7 +59,8 @@ class ChunkStore(CellStore):
         self._loaded, self._pickles = loaded, pickles
         with _whole(path), np.load(path, allow_pickle=False) as archive:
             kind, shape = bytes(archive["format"].item()), tuple(map(int, archive["shape"]))
-            rows = len(archive["indptr"]) - 1
+            crow = archive["indptr"]
+            rows, self._entries = len(crow) - 1, int(crow[-1])
         if kind != b"csr" or len(shape) != 2 or rows != shape[0]:
             raise DataError(
                 f"{path} holds a {kind.decode('latin-1')} matrix of shape {shape} with {rows:,} "
@@ -81,6 +82,11 @@ class ChunkStore(CellStore):
     def num_rows(self) -> int:
         """Cells of the chunk."""
         return self._shape[0]
+
+    @property
+    def num_entries(self) -> int:
+        """Stored values."""
+        return self._entries
 
     @property
     def _genes_path(self) -> Path:

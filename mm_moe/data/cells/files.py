@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,7 @@ class CellFile:
         kept: rows that are used, in order: int64.
         library: sum of the values of every row of the file: float64 (N,).
         dropped: reason -> the rows that are not used for it.
+        keep: whether its cells stay in memory once they are read.
     """
 
     listed: Listed
@@ -45,6 +47,25 @@ class CellFile:
     kept: np.ndarray
     library: np.ndarray
     dropped: dict[str, np.ndarray] = field(default_factory=dict)
+    keep: bool = False
+    _memory: Rows | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memory": None}
+
+    @property
+    def memory(self) -> Rows:
+        """All its cells, for a file that is kept."""
+        if self._memory is None:
+            parts = [
+                self._projected(self.store.read(begin, min(begin + SCANNED, self.store.num_rows)))
+                for begin in range(0, self.store.num_rows, SCANNED)
+            ]
+            self._memory = Rows.joined(parts)
+        return self._memory
+
+    def _projected(self, rows: Rows) -> Rows:
+        return rows if self.place_G is None else rows.with_genes(self.place_G)
 
     def names(self) -> np.ndarray:
         """Ids of all rows: the species, the file, the cell's name; a number where it comes again.
@@ -69,14 +90,15 @@ class CellFile:
 
     def read(self, rows: np.ndarray) -> Rows:
         """Some rows, given in ascending order, with the species' genes."""
+        if self.keep:
+            return self.memory.take(rows)
         breaks = np.flatnonzero(np.diff(rows) > GAP) + 1
         parts = []
         for group in np.split(rows, breaks):
             first = int(group[0])
             block = self.store.read(first, int(group[-1]) + 1)
             parts.append(block if len(group) == len(block.crow) - 1 else block.take(group - first))
-        joined = Rows.joined(parts)
-        return joined if self.place_G is None else joined.with_genes(self.place_G)
+        return self._projected(Rows.joined(parts))
 
 
 def unique_genes(names: Sequence[str]) -> tuple[str, ...]:
@@ -187,6 +209,7 @@ def scan(
     *,
     place_G: np.ndarray | None,
     counts: bool,
+    keep: bool = False,
 ) -> CellFile:
     """Read a file once: check every value, sum every cell, and put aside what cannot be used.
 
@@ -199,18 +222,21 @@ def scan(
     dropped: dict[str, np.ndarray] = {}
     if store.checked == ("counts" if counts else "normalised") and place_G is None:
         wanted_N = wanted_rows(store, listed, dropped)
-        return CellFile(listed, store, None, np.flatnonzero(wanted_N), store.library(), dropped)
+        kept = np.flatnonzero(wanted_N)
+        return CellFile(listed, store, None, kept, store.library(), dropped, keep=keep)
     refuse_mixed(store, listed)
     wanted_N = wanted_rows(store, listed, dropped)
     bool(listed.prefix) and not listed.only
+    blocks: list[Rows] = []
     library_N, total_N = np.zeros(store.num_rows), np.zeros(store.num_rows)
     for begin in range(0, store.num_rows, SCANNED):
         end = min(begin + SCANNED, store.num_rows)
         rows = store.read(begin, end)
         check_values(rows, store=store, begin=begin, counts=counts)
         total_N[begin:end] = rows.sums()
-        own = total_N[begin:end] if place_G is None else rows.with_genes(place_G).sums()
-        library_N[begin:end] = own
+        own = rows if place_G is None else rows.with_genes(place_G)
+        library_N[begin:end] = own.sums()
+        blocks += [own] * keep
     if listed.prefix and not listed.only:
         mixed_N = wanted_N & (library_N < OWN_SHARE * total_N)
         key = f"under {OWN_SHARE:.0%} of the counts are of {listed.prefix}"
@@ -223,7 +249,22 @@ def scan(
     if not len(kept):
         why = ", ".join(f"{len(rows):,} {reason}" for reason, rows in dropped.items())
         raise DataError(f"{store.path} has no cell left for {listed.species!r}: {why}.")
-    return CellFile(listed, store, place_G, kept, library_N, dropped)
+    memory = Rows.joined(blocks) if keep else None
+    return CellFile(listed, store, place_G, kept, library_N, dropped, keep=keep, _memory=memory)
+
+
+def kept_files(entries: Sequence[int], *, memory_mib: float) -> list[bool]:
+    """Which files stay in memory: those that fit beside the ones before them.
+
+    Args:
+        entries: values that are not zero, of each file.
+        memory_mib: room for them, at 8 bytes each.
+    """
+    left, found = memory_mib * 2**20, []
+    for count in entries:
+        found.append(8 * count <= left)
+        left -= 8 * count * found[-1]
+    return found
 
 
 def align(

@@ -107,6 +107,11 @@ class H5adStore(CellStore):
             raise DataError(f"{self.path}: {self._matrix_place} is no matrix of cells and genes.")
         return int(shape[0]), int(shape[1])
 
+    @property
+    def num_entries(self) -> int:
+        """Stored values; all of a dense matrix."""
+        return len(self._matrix["data"]) if self._sparse else self._shape[0] * self._shape[1]
+
     def _table(self, place: str) -> Any:
         """A table of the file, as pandas."""
         try:

@@ -27,12 +27,14 @@ class Place(NamedTuple):
         row: its row there.
         window: the cells that are read with it.
         at: its place among those.
+        epoch: passes over its species before.
     """
 
     file: int
     row: int
     window: Window
     at: int
+    epoch: int = 0
 
 
 class Window:
@@ -63,12 +65,6 @@ class Window:
     def rows(self) -> Rows:
         """The cells."""
         return Rows.joined([self._files[number].read(rows) for number, rows in self._sorted()])
-
-    def cell(self, at: int) -> tuple[bytes, bytes]:
-        """Genes and values of one cell, as bytes."""
-        crow, col, val = self.rows
-        first, last = crow[at], crow[at + 1]
-        return col[first:last].tobytes(), val[first:last].tobytes()
 
 
 class SpeciesRows:
@@ -102,15 +98,14 @@ class SpeciesRows:
             for at, (number, row) in enumerate(window.places()):
                 yield Place(number, row, window, at)
 
-    def shuffled(self, *, key: str, buffer: int, start: int) -> Iterator[tuple[int, Place]]:
-        """(pass, cell) for ever, from a number of cells on; each pass has its own order."""
+    def shuffled(self, *, key: str, buffer: int, start: int) -> Iterator[Place]:
+        """Cells for ever, from a number of them on; each pass has its own order."""
         number, skip = divmod(start, len(self))
         while True:
-            for place in self._one_pass(key=f"{key}/{number}", buffer=buffer, skip=skip):
-                yield number, place
+            yield from self._one_pass(number, key=f"{key}/{number}", buffer=buffer, skip=skip)
             number, skip = number + 1, 0
 
-    def _one_pass(self, *, key: str, buffer: int, skip: int) -> Iterator[Place]:
+    def _one_pass(self, number: int, *, key: str, buffer: int, skip: int) -> Iterator[Place]:
         buffer = min(buffer, LARGEST_WINDOW)
         size_K = np.array([len(rows) for _, rows in self._blocks])
         found = pass_over(size_K, self._stages, key=key, buffer=buffer)
@@ -119,10 +114,11 @@ class SpeciesRows:
             blocks = found.block_K[found.edge_W[w] : found.edge_W[w + 1]]
             window = Window(self.files, [self._blocks[k] for k in blocks])
             places = list(window.places())
-            order = permutation(len(places), key=f"{key}/{w}") if buffer else range(len(places))
+            order = permutation(len(places), key=f"{key}/{w}") if buffer else np.arange(len(places))
             done = skip - int(found.row_W[w]) if w == first else 0
-            for at in order[done:]:
-                yield Place(*places[at], window, int(at))
+            for at in order[done:].tolist():
+                file, row = places[at]
+                yield Place(file, row, window, at, number)
 
     @cached_property
     def _stages(self) -> np.ndarray:

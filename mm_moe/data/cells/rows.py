@@ -8,10 +8,10 @@ conditions. Entries are kept in compressed rows (CSR): row n has the entries `cr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse
 import torch
 from torch import Tensor
 
@@ -34,6 +34,11 @@ class Rows(NamedTuple):
     crow: np.ndarray
     col: np.ndarray
     val: np.ndarray
+
+    def cell(self, row: int) -> tuple[bytes, bytes]:
+        """Genes and values of one row, as bytes."""
+        first, last = self.crow[row], self.crow[row + 1]
+        return self.col[first:last].tobytes(), self.val[first:last].tobytes()
 
     def take(self, places: np.ndarray) -> Rows:
         """The rows at some places, in their order."""
@@ -75,8 +80,7 @@ class Rows(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class CellRow:
+class CellRow(NamedTuple):
     """One cell as a payload: small, comparable, quick to send to another process.
 
     Attributes:
@@ -141,7 +145,9 @@ class CellProcessor:
             ),
         }
         if self.form == "dense":
-            return {"values": densify(crow_N, col, val, num_genes=self.num_genes), **found}
+            shape = (len(rows), self.num_genes)
+            matrix = scipy.sparse.csr_matrix((val.numpy(), col.numpy(), crow), shape=shape)
+            return {"values": torch.from_numpy(matrix.toarray()), **found}
         return {"crow": crow_N, "col": col, "val": val, **found}
 
 

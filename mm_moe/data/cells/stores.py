@@ -39,6 +39,11 @@ class CellStore(ABC):
 
     @property
     @abstractmethod
+    def num_entries(self) -> int:
+        """Values in the file that are not zero, or an upper bound."""
+
+    @property
+    @abstractmethod
     def genes(self) -> tuple[str, ...]:
         """Names of the genes, in the order of the file's columns."""
 

@@ -75,6 +75,14 @@ class TableStore(CellStore):
         """Cells of the file."""
         return int(self._file.metadata.num_rows)
 
+    @property
+    def num_entries(self) -> int:
+        """Values of all cells."""
+        about, place = self._file.metadata, self._file.schema_arrow.names.index(CELL_VALUES)
+        # a column of Arrow is one of Parquet here: lists of numbers, texts and numbers
+        groups = range(about.num_row_groups)
+        return sum(about.row_group(k).column(place).num_values for k in groups)
+
     @cached_property
     def _table(self) -> pa.Table:
         columns = [n for n in self._file.schema_arrow.names if n not in (INDICES, CELL_VALUES)]

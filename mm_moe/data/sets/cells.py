@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 
 from mm_moe.batch import Sample
-from mm_moe.data.cells.files import CellFile, align, own_genes, scan
+from mm_moe.data.cells.files import CellFile, align, kept_files, own_genes, scan
 from mm_moe.data.cells.listing import SPLITS, listed_files
 from mm_moe.data.cells.order import check_sampler, species_line
 from mm_moe.data.cells.reader import Place, SpeciesRows
@@ -65,6 +65,8 @@ class CellsData(DataSource):
         sampler: "uniform", "proportional", "alternating" or "longest"; see
             `mm_moe.data.cells.order.turns`.
         run: cells of one species in succession; the batch size gives batches of one species.
+        memory_mib: files whose cells fit, one after the other, are kept in memory; the rest is read
+            from disk in every epoch.
         pickles: whether metadata of chunks may be pickles; they are read by a reader that rebuilds
             tables and nothing else. `launch/prepare_data.py cells` makes Parquet of them.
         name: key of splits and masks.
@@ -100,6 +102,7 @@ class CellsData(DataSource):
         vocabulary: Mapping[str, Any] | str | None = None,
         sampler: str = "uniform",
         run: int = 1,
+        memory_mib: float = 1024,
         pickles: bool = False,
         name: str = "cells",
         license: str = "that of the files",
@@ -113,7 +116,7 @@ class CellsData(DataSource):
             if value not in known:
                 raise ConfigError(f"{option} is {value!r}; it must be {' or '.join(known)}.")
         check_sampler(sampler, run)
-        self.name, self.license = name, license
+        self.name, self.license, self.memory_mib = name, license, memory_mib
         self.sampler, self.run, self.genes, self.values = sampler, run, genes, values
         self.label, self.group, self.layer, self.pickles = label, group, layer, pickles
         self.rule = SplitRule(
@@ -130,10 +133,11 @@ class CellsData(DataSource):
         """Open, align and check every file."""
         stores = open_stores(self.listing, layer=self.layer, pickles=self.pickles)
         gene_lists = self._gene_lists(stores)
+        kept = kept_files([store.num_entries for store in stores], memory_mib=self.memory_mib)
         self.moved: dict[str, int] = {}
         self.dropped: dict[str, dict[str, int]] = {}
         self._files: list[CellFile] = []
-        for one, store in zip(self.listing, stores, strict=True):
+        for one, store, keep in zip(self.listing, stores, kept, strict=True):
             place_G, moved = align(
                 own_genes(store, one.prefix),
                 gene_lists[one.species],
@@ -141,10 +145,13 @@ class CellsData(DataSource):
                 path=one.path,
                 lenient=self.genes == "common",
             )
-            file = scan(store, one, place_G=place_G, counts=self.values == "counts")
+            counts = self.values == "counts"
+            file = scan(store, one, place_G=place_G, counts=counts, keep=keep)
             self._files.append(file)
             self._count(file, moved)
         self._genes = gene_lists
+        self._species = [one.species for one in self.listing]
+        self._widths = [len(gene_lists[species]) for species in self._species]
 
     def _count(self, file: CellFile, moved: int) -> None:
         species = file.listed.species
@@ -259,20 +266,17 @@ class CellsData(DataSource):
 
     def to_sample(self, row: dict[str, Any]) -> Sample:
         """The cell's non-zero genes; read now, if no cell beside it was."""
-        place: Place = row[PLACE]
-        file = self._files[place.file]
-        col, val = place.window.cell(place.at)
-        species = file.listed.species
-        cell = CellRow(
-            col,
-            val,
-            num_genes=len(self._genes[species]),
-            library=float(file.library[place.row]),
-            conditions=tuple(self._codes[place.file][place.row].tolist()),
-        )
-        return self._sample(place.file, place.row, {species: cell})
+        number, at, window, within, epoch = row[PLACE]
+        file = self._files[number]
+        # of a file in memory no window is read
+        col, val = file.memory.cell(at) if file.keep else window.rows.cell(within)
+        species = self._species[number]
+        codes = tuple(self._codes[number][at].tolist())
+        cell = CellRow(col, val, self._widths[number], float(file.library[at]), codes)
+        return self._sample(number, at, {species: cell}, epoch=epoch)
 
-    def _sample(self, number: int, row: int, payload: dict[str, Any]) -> Sample:
+    def _sample(self, number: int, row: int, payload: dict[str, Any], *, epoch: int = 0) -> Sample:
+        name = self._ids[number][row]
         label = None
         if self.label is not None and self._labels[number][row] >= 0:
             label = int(self._labels[number][row])
@@ -280,7 +284,7 @@ class CellsData(DataSource):
         group = None
         if column is not None and column[row]:
             group = f"{self.listing[number].species}/{column[row]}"
-        return Sample(self._ids[number][row], payload, label, group=group)
+        return Sample(name, payload, label, group, epoch=epoch)
 
     @cached_property
     def _ids(self) -> list[np.ndarray]:
@@ -323,15 +327,15 @@ class CellsData(DataSource):
         turns = species_line(
             [len(own) for own in rows], sampler=self.sampler, run=self.run, seed=seed, start=start
         )
-        lines: dict[int, Iterator[tuple[int, Place]]] = {}
+        lines: dict[int, Iterator[Place]] = {}
         for species, number in turns:
             if species not in lines:
                 key = f"{self.name}/{seed}/{self.modalities[species]}"
                 lines[species] = rows[species].shuffled(
                     key=key, buffer=shuffle_buffer, start=number
                 )
-            epoch, place = next(lines[species])
-            yield epoch, {PLACE: place}
+            place = next(lines[species])
+            yield place.epoch, {PLACE: place}
 
 
 def _all_cells(source: CellsData, split: str) -> Iterator[dict[str, Any]]:

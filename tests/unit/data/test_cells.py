@@ -1,5 +1,8 @@
 """The data set `cells`: files, checks, splits, vocabularies, rows that keep their cell."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -263,3 +266,99 @@ def test_data_that_is_not_there(tmp_path, options, words):
     two_species(tmp_path, cells=10)
     with pytest.raises(DataError, match=words):
         CellsData(str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "proportional", "alternating", "longest"])
+@pytest.mark.parametrize("memory_mib", [0, 64])
+def test_any_number_of_processes_and_a_resume_see_one_order(tmp_path, sampler, memory_mib):
+    two_species(tmp_path)
+    source = CellsData(str(tmp_path), sampler=sampler, run=3, memory_mib=memory_mib)
+
+    def batches(world, start=0, count=6):
+        """The first global batches of 8 cells, put together from all ranks."""
+        parts = []
+        for rank in range(world):
+            stream = SampleStream(
+                source,
+                split="train",
+                batch_size=8 // world,
+                rank=rank,
+                world_size=world,
+                shuffle_buffer=16,
+                start=start,
+            )
+            own = [s for s, _ in zip(stream, range(count * 8 // world), strict=False)]
+            parts.append([own[n : n + 8 // world] for n in range(0, len(own), 8 // world)])
+        return [[s for own in together for s in own] for together in zip(*parts, strict=True)]
+
+    one = batches(1)
+    assert batches(2) == batches(4) == one
+    assert batches(2, start=16, count=4) == one[2:]
+    assert [s.epoch for b in batches(4) for s in b] == [s.epoch for b in one for s in b]
+    assert len({s.id for b in one for s in b}) > 20
+
+
+def test_the_last_part_of_an_evaluation_is_kept(tmp_path):
+    two_species(tmp_path, cells=14)  # 14 and 7
+    source = CellsData(str(tmp_path), shares=ALL_TRAIN)
+    sizes = []
+    for rank in range(2):
+        stream = SampleStream(
+            source, split="train", batch_size=4, rank=rank, world_size=2, epochs=1
+        )
+        sizes.append(len(list(stream)))
+    assert sizes == [12, 9]  # 8 + 8 + 5: the first rank takes 4 of the last five
+
+
+def test_memory_and_disk_give_the_same_cells(tmp_path):
+    two_species(tmp_path)
+    kept, read = (CellsData(str(tmp_path), memory_mib=m) for m in (64, 0))
+    assert [file.keep for file in kept.files] == [True, True]
+    assert [file.keep for file in read.files] == [False, False]
+    for options in ({}, {"shuffle_buffer": 8}):
+        assert cells(kept, **options) == cells(read, **options)
+
+
+def real_files():
+    beside = Path(__file__).parents[4] / "shared" / "data"
+    folder = Path(os.environ.get("MM_MOE_DATA", beside)) / "single_cell"
+    if not folder.is_dir():
+        pytest.skip(f"no data in {folder}; set MM_MOE_DATA to the folder of the data sets")
+    return folder
+
+
+def test_real_cells_of_two_species():
+    mix = "human_mouse_mixture_1k.h5ad"
+    files = {
+        "human": {"path": mix, "genes": "hg19_", "only": {"species": "hg19"}},
+        "mouse": {"path": mix, "genes": "mm10_", "only": {"species": "mm10"}},
+    }
+    source = CellsData(str(real_files()), files=files)
+    assert source.dropped["human"] == {"species is doublet": 20, "species is mm10": 532}
+    assert sum(map(source.size, source.splits())) == 485 + 532
+    assert {s: len(g) for s, g in source.vocabulary.genes.items()} == {
+        "human": 16_121,
+        "mouse": 13_862,
+    }
+    for sample in cells(source, "test")[:40]:
+        (cell,) = sample.payload.values()
+        values = np.frombuffer(cell.val, "<f4")
+        assert (values > 0).all()
+        assert (values == values.round()).all()
+        assert values.sum() == cell.library > 1000
+
+
+def test_real_bone_marrow_in_training_order():
+    folder = real_files()
+    files = {"human": "human_bone_marrow.h5ad", "mouse": "mouse_bone_marrow.h5ad"}
+    source = CellsData(str(folder), files=files, conditions=["species", "tissue"], run=16)
+    assert source.dropped == {"human": {}, "mouse": {}}
+    assert {s: len(g) for s, g in source.vocabulary.genes.items()} == {
+        "human": 16_106,
+        "mouse": 3451,
+    }
+    stream = SampleStream(source, split="train", batch_size=16, shuffle_buffer=512)
+    samples = [s for s, _ in zip(stream, range(160), strict=False)]
+    runs = [{*s.payload} for s in samples]
+    assert all(runs[n] == runs[n - n % 16] for n in range(160))
+    assert {name for run in runs for name in run} == {"human", "mouse"}
