@@ -21,11 +21,12 @@ reported and bounds what can be reached. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ NUM_DIGITS = 10
 BATCH, LEARNING_RATE = 64, 1e-3  # Adam with amsgrad, as Shi et al. have it
 CLASSIFIER_EPOCHS = 5
 JOINT_DRAWS = 5000
+QUICK_STEPS = 20
 METHODS = {  # name -> options of the objective
     "dreg_looser": {"bound": "dreg_looser", "samples": 10},
     "iwae_looser": {"bound": "iwae_looser", "samples": 10},
@@ -117,6 +119,45 @@ def fit_classifier(x: Tensor, labels: Tensor, *, epochs: int) -> nn.Sequential:
     return model.eval()
 
 
+class Judges:
+    """Classifiers of the real rows, one per modality; fitted when they are first asked.
+
+    Args:
+        data: what they are trained and tested on.
+        epochs: of their training.
+        partial: folder that keeps their accuracy.
+    """
+
+    def __init__(self, data: dict[str, Split], *, epochs: int, partial: Path | None) -> None:
+        self.data, self.epochs = data, epochs
+        rows = len(data["train"][1])
+        self.kept = partial / f"classifiers-{epochs}-{rows}.json" if partial else None
+
+    @functools.cached_property
+    def models(self) -> dict[str, nn.Sequential]:
+        """Modality -> classifier."""
+        values, labels = self.data["train"]
+        return {name: fit_classifier(x, labels, epochs=self.epochs) for name, x in values.items()}
+
+    @torch.no_grad()
+    def accuracy(self) -> dict[str, float]:
+        """Percent of the test split."""
+        if self.kept is not None and self.kept.is_file():
+            return json.loads(self.kept.read_text())
+        values, labels = self.data["test"]
+        found = {
+            name: percent(self.models[name](x).argmax(1) == labels) for name, x in values.items()
+        }
+        _keep(self.kept, found)
+        return found
+
+
+def _keep(file: Path | None, found: dict[str, float]) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+
+
 def linear_accuracy(train_NL: Tensor, train_N: Tensor, test_NL: Tensor, test_N: Tensor) -> float:
     """Percent of a multinomial logistic regression on standardised latents."""
     mean_L, std_L = train_NL.mean(0), train_NL.std(0).clamp(min=1e-6)
@@ -142,7 +183,7 @@ def percent(right: Tensor) -> float:
 
 @torch.no_grad()
 def coherence(
-    model: MixtureVAE, classifiers: dict[str, nn.Sequential], train_data: Split, test_data: Split
+    model: MixtureVAE, classifiers: Mapping[str, nn.Module], train_data: Split, test_data: Split
 ) -> dict[str, float]:
     """Name -> percent; see the module."""
     model.eval()
@@ -190,11 +231,11 @@ def arguments() -> argparse.Namespace:
 
 
 def run_one(
-    method: str, seed: int, options: argparse.Namespace, scored: tuple[Any, Split, Split]
+    method: str, seed: int, options: argparse.Namespace, judges: Judges
 ) -> dict[str, float]:
     """Train and score one model; a finished one is read from the partial folder."""
-    classifiers, train_data, test_data = scored
-    steps = 20 if options.quick else options.steps
+    train_data, test_data = judges.data["train"], judges.data["test"]
+    steps = QUICK_STEPS if options.quick else options.steps
     key = f"{method}-{seed}-{steps}-{options.hidden}-{len(train_data[1])}.json"
     kept = options.partial / key if options.partial else None
     if kept is not None and kept.is_file():
@@ -203,10 +244,8 @@ def run_one(
     model = MixtureVAE(configuration(train_data, options.hidden))
     objective = MixtureVae(**METHODS[method])  # type: ignore[arg-type]
     seconds = train(model, objective, train_data, steps=steps, seed=seed)
-    found = coherence(model, classifiers, train_data, test_data) | {"cpu_seconds": seconds}
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(found))
+    found = coherence(model, judges.models, train_data, test_data) | {"cpu_seconds": seconds}
+    _keep(kept, found)
     line = "  ".join(f"{name} {value:.1f}" for name, value in found.items())
     print(f"{method} seed {seed}: {line}", flush=True)
     return found
@@ -231,30 +270,24 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
     source = DigitPairsData(str(options.data_dir))
-    train_data, test_data = (
-        load(source, split, rows=options.rows if split == "train" else 0, pool=1)
+    data = {
+        split: load(source, split, rows=options.rows if split == "train" else 0, pool=1)
         for split in ("train", "test")
-    )
-    classifiers = {
-        name: fit_classifier(x, train_data[1], epochs=1 if options.quick else CLASSIFIER_EPOCHS)
-        for name, x in train_data[0].items()
     }
-    own = {
-        name: percent(classifiers[name](x).argmax(1) == test_data[1])
-        for name, x in test_data[0].items()
-    }
+    epochs = 1 if options.quick else CLASSIFIER_EPOCHS
+    judges = Judges(data, epochs=epochs, partial=options.partial)
+    own = judges.accuracy()
     print(f"classifiers of real rows: {own}", flush=True)
     if options.model:
         model = MixtureVAE.from_pretrained(options.model)
-        print(json.dumps(coherence(model, classifiers, train_data, test_data)))
+        print(json.dumps(coherence(model, judges.models, data["train"], data["test"])))
         return
-    scored = (classifiers, train_data, test_data)
     methods = options.methods[:1] if options.quick else options.methods
     seeds = options.seeds[:1] if options.quick else options.seeds
     by_seed: dict[str, dict[str, dict[str, float]]] = {method: {} for method in methods}
     for seed in seeds:
         for method in methods:
-            by_seed[method][str(seed)] = run_one(method, seed, options, scored)
+            by_seed[method][str(seed)] = run_one(method, seed, options, judges)
     table = {
         method: {
             name: spread([found[name] for found in runs.values()])
@@ -264,13 +297,13 @@ def main() -> None:
     }
     result = {
         "benchmark": "digits_vae",
-        "figures": figures(table, chance(test_data)),
+        "figures": figures(table, chance(data["test"])),
         "classifiers": own,
         "seeds": seeds,
-        "steps": 20 if options.quick else options.steps,
+        "steps": QUICK_STEPS if options.quick else options.steps,
         "batch": BATCH,
         "hidden": options.hidden,
-        "rows": {"train": len(train_data[1]), "test": len(test_data[1])},
+        "rows": {split: len(labels) for split, (_, labels) in data.items()},
         "methods": {method: METHODS[method] for method in methods},
         "recipe": source.info["options"],
         "table": table,
