@@ -104,6 +104,7 @@ def new_classifier() -> nn.Sequential:
     )
 
 
+@torch.enable_grad()
 def fit_classifier(x: Tensor, labels: Tensor, *, epochs: int) -> nn.Sequential:
     """Trained on real rows."""
     torch.manual_seed(0)

@@ -1,16 +1,21 @@
 """Coherence of generated digits: scores that a pencil can check."""
 
+import argparse
+
 import pytest
 import torch
 from torch import nn
 
 from eval.benchmarks.digits_vae import (
+    Judges,
     MixtureVAE,
     chance,
     coherence,
     configuration,
     figures,
+    fit_classifier,
     linear_accuracy,
+    run_one,
 )
 
 
@@ -58,3 +63,19 @@ def test_figures_compare_the_methods_in_cross_coherence():
     assert found["cross_minus_elbo_points"] == pytest.approx(5)
     assert found["joint"] == 7
     assert chance(digits(20)) == 10
+
+
+def test_a_run_from_rows_to_figures(tmp_path):
+    """A few steps on toy rows; a finished training is read back, not trained again."""
+    data = {"train": digits(80), "test": digits(20)}
+    options = argparse.Namespace(quick=False, steps=2, hidden=4, partial=tmp_path)
+    judges = Judges(data, epochs=1, partial=tmp_path)
+    judges.models = {"image": Says(0), "audio": Says(1)}
+    assert judges.accuracy() == {"image": 10.0, "audio": 10.0}
+    found = run_one("elbo", 0, options, judges)
+    assert found["cross_audio_to_image"] == 10
+    again = Judges(data, epochs=1, partial=tmp_path)
+    assert again.accuracy() == judges.accuracy()
+    assert run_one("elbo", 0, options, again) == found
+    fitted = fit_classifier(torch.rand(20, 4, 4), data["test"][1], epochs=1)
+    assert fitted(torch.rand(2, 4, 4)).shape == (2, 10)
