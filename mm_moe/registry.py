@@ -215,6 +215,6 @@ OBJECTIVES = Registry(
         "siglip": "pretrain.contrastive:Siglip",
         "blip2_stage1": "pretrain.blip2:Blip2StageOne",
         "mmvae": "pretrain.mmvae:CellObjective",
-        "mixture_vae": "pretrain.mixture:MixtureVae",
+        "mixture_vae": "pretrain.mixture:MixtureObjective",
     },
 )

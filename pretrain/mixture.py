@@ -116,7 +116,7 @@ OWN_DRAWS = ("m_elbo",)  # bounds whose decoders read no other expert's draws
 
 
 @dataclass(frozen=True)
-class MixtureVae:
+class MixtureObjective:
     """Maximise a bound of log p(x) of a `MixtureVAE`; labels, if there are any, are not used.
 
     Attributes:

@@ -37,7 +37,7 @@ from eval.benchmarks.moe_layer import RESULTS, describe_machine
 from mm_moe.batch import Batch
 from mm_moe.data.sets.prepared import DigitPairsData
 from mm_moe.models.mixture import MixtureVAE, MixtureVAEConfig
-from pretrain.mixture import MixtureVae
+from pretrain.mixture import MixtureObjective
 
 NUM_DIGITS = 10
 BATCH, LEARNING_RATE = 64, 1e-3  # Adam with amsgrad, as Shi et al. have it
@@ -71,7 +71,9 @@ def configuration(data: Split, hidden: int) -> MixtureVAEConfig:
     )
 
 
-def train(model: MixtureVAE, objective: MixtureVae, data: Split, *, steps: int, seed: int) -> float:
+def train(
+    model: MixtureVAE, objective: MixtureObjective, data: Split, *, steps: int, seed: int
+) -> float:
     """Fit, and return the seconds of processor time."""
     values, labels = data
     generator = torch.Generator().manual_seed(seed)
@@ -243,7 +245,7 @@ def run_one(
         return json.loads(kept.read_text())
     torch.manual_seed(seed)
     model = MixtureVAE(configuration(train_data, options.hidden))
-    objective = MixtureVae(**METHODS[method])  # type: ignore[arg-type]
+    objective = MixtureObjective(**METHODS[method])  # type: ignore[arg-type]
     seconds = train(model, objective, train_data, steps=steps, seed=seed)
     found = coherence(model, judges.models, train_data, test_data) | {"cpu_seconds": seconds}
     _keep(kept, found)

@@ -14,7 +14,8 @@ class ObjectiveArguments:
         metadata={
             "help": "JSON object with the objective's options; of contrastive: loss (softmax, "
             "sigmoid), variant (gather, chunked, ring), chunk (rows and columns of a tile); of "
-            "blip2_stage1: itc_weight, itm_weight, itg_weight, itc_smoothing, itg_smoothing, seed."
+            "blip2_stage1: itc_weight, itm_weight, itg_weight, itc_smoothing, itg_smoothing, seed; "
+            "of mixture_vae: bound (elbo, m_elbo, iwae, iwae_looser, dreg_looser), samples (draws)."
         },
     )
     grad_cache: bool = field(

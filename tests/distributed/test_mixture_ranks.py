@@ -12,7 +12,7 @@ from torch.distributions import Normal
 
 from mm_moe.batch import Batch
 from mm_moe.models.mixture import MixtureVAE, MixtureVAEConfig
-from pretrain.mixture import BOUNDS, MixtureVae
+from pretrain.mixture import BOUNDS, MixtureObjective
 from tests.distributed.harness import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -54,7 +54,7 @@ def found(name: str, present: list[list[int]], part: slice):
         if shown[:, m].any()
     }
     batch = Batch.of([str(row) for row in range(len(shown))], shown, inputs)
-    loss, _, _ = MixtureVae(bound=name, samples=3)(model, batch)
+    loss, _, _ = MixtureObjective(bound=name, samples=3)(model, batch)
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     return loss.detach(), [parameter.grad for parameter in model.parameters()]

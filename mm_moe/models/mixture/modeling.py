@@ -126,7 +126,7 @@ class MixtureVAE(OwnModel):
         return likelihood.distribution(self._said(z_NL, modality), self._dispersion(modality))
 
     @torch.no_grad()
-    def translate(self, values: Tensor, *, source: str, target: str) -> Tensor:
+    def translate(self, values: Tensor, source: str, target: str) -> Tensor:
         """Expected rows (N, *shape) of `target` for rows of `source`, at its expert's location.
 
         Raises:

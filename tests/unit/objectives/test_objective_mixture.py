@@ -15,7 +15,7 @@ from mm_moe.batch import Batch
 from mm_moe.errors import ConfigError
 from mm_moe.models.mixture import MixtureVAE, MixtureVAEConfig
 from mm_moe.models.mixture.draws import Draws
-from pretrain.mixture import BOUNDS, MixtureVae, dreg_looser, iwae_looser, m_elbo
+from pretrain.mixture import BOUNDS, MixtureObjective, dreg_looser, iwae_looser, m_elbo
 
 SPREAD = 0.7  # of the likelihoods
 
@@ -279,7 +279,7 @@ def test_a_sample_with_one_modality_is_that_modality_alone(name):
 def test_loss_is_the_mean_over_samples_that_have_something(name):
     model = linear(2, 3)
     x, y = rows(model, 3)
-    objective = MixtureVae(bound=name, samples=3)
+    objective = MixtureObjective(bound=name, samples=3)
     torch.manual_seed(3)
     loss, parts, output = objective(model, batch_of([x, y], [[1, 1], [0, 1], [0, 0]]))
     loss.backward()
@@ -300,4 +300,4 @@ def test_loss_is_the_mean_over_samples_that_have_something(name):
 )
 def test_wrong_options_are_refused(options, words):
     with pytest.raises(ConfigError, match=words):
-        MixtureVae(**options)
+        MixtureObjective(**options)
