@@ -110,6 +110,7 @@ FILLS = Registry(
         "bank": "mm_moe.fill.bank:BankFill",
         "neighbour": "mm_moe.fill.neighbour:NeighbourFill",
         "retriever": "mm_moe.fill.retriever:RetrieverFill",
+        "similar_retriever": "mm_moe.fill.similar:SimilarRetrieverFill",
     },
 )
 PROMPTS = Registry(

@@ -54,6 +54,7 @@ class RetrieverFill(Fill):
         residual: add the pooled input of the sparse layer, so that experts correct a mean.
         segments: add a learned vector to each token for its modality, and one to those of supports.
         legacy: the released behaviour.
+        temperature: of `similar_retriever` alone, which weighs supports; None: its default.
         warm_up_steps: see `Fill`.
 
     Raises:
@@ -61,6 +62,7 @@ class RetrieverFill(Fill):
     """
 
     needs_supports: ClassVar[bool] = True
+    own_temperature: ClassVar[float | None] = None  # supports weigh all the same
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class RetrieverFill(Fill):
         residual: bool = False,
         segments: bool = False,
         legacy: bool = False,
+        temperature: float | None = None,
         warm_up_steps: int = 0,
     ) -> None:
         super().__init__(shape, warm_up_steps=warm_up_steps)
@@ -86,6 +89,14 @@ class RetrieverFill(Fill):
         if num_supports is not None:
             whole("num_supports", num_supports, least=1)
         self.num_supports = num_supports
+        self.temperature = self.own_temperature if temperature is None else temperature
+        if temperature is not None:
+            number("temperature", temperature)
+            if self.own_temperature is None or not temperature:
+                raise ConfigError(
+                    f"fill_config.temperature ({temperature}) is for fill 'similar_retriever', "
+                    "above 0; leave it out, or take that fill."
+                )
         self.default = DefaultTokens(shape)
         width = shape.width
         if width % whole("num_heads", num_heads, least=1):
@@ -129,13 +140,18 @@ class RetrieverFill(Fill):
         own_QMPH = cells.tokens_BMPH.index_select(0, cells.sample_Q)
         x_QCPH = torch.cat([table_SPH[place_QN], own_QMPH], 1)
         own_QM = cells.present_BM.index_select(0, cells.sample_Q)
-        weight_QC = pool_weights(has_QN, own_QM, beta=self.beta)
+        score_QN = self.scores(cells, place_QN)
+        weight_QC = pool_weights(has_QN, own_QM, beta=self.beta, score_QN=score_QN)
         found_Q1 = has_QN.any(1, keepdim=True)
         keep_QC = torch.cat([has_QN, own_QM], 1) & found_Q1  # a default token asks no expert
         y_QCPH, records = self._attend(x_QCPH, keep_QC, cells.modality_Q)
         pooled_QPH = torch.einsum("qc,qcph->qph", weight_QC.to(y_QCPH.dtype), y_QCPH)
         default_QPH = self.default(cells.modality_Q)
         return torch.where(found_Q1[:, None], pooled_QPH, default_QPH), records
+
+    def scores(self, cells: Cells, place_QN: Tensor) -> Tensor | None:
+        """What a cell's supports weigh (Q, N), before a softmax over them; None: all the same."""
+        return None
 
     def _of_none(self, cells: Cells) -> tuple[Tensor, dict[str, RoutingRecord]]:
         """No cell: a blank row without a real token keeps every part in the graph."""
@@ -174,16 +190,28 @@ class RetrieverFill(Fill):
         return torch.cat([support_QNH, own_1MH.expand(len(target_Q), -1, -1)], 1)
 
 
-def pool_weights(has_QN: Tensor, own_QM: Tensor, *, beta: float) -> Tensor:
+def pool_weights(
+    has_QN: Tensor, own_QM: Tensor, *, beta: float, score_QN: Tensor | None = None
+) -> Tensor:
     """Weights (Q, N + M) of a cell's contexts, which sum to 1: beta belongs to the sample's own.
 
     With contexts of one kind alone, they have all of it; without any the weights are 0.
+
+    Args:
+        has_QN: which supports there are.
+        own_QM: which modalities the sample has.
+        beta: share of these.
+        score_QN: of the supports, which share the rest by their softmax; None: evenly.
     """
     count_Q1, own_Q1 = has_QN.sum(1, keepdim=True), own_QM.sum(1, keepdim=True)
     share_Q1 = torch.full(count_Q1.shape, 1 - beta, dtype=torch.float64, device=has_QN.device)
     share_Q1 = share_Q1.masked_fill(own_Q1 == 0, 1.0).masked_fill(count_Q1 == 0, 0.0)
     rest_Q1 = 1 - share_Q1
-    support_QN = has_QN * share_Q1 / count_Q1.clamp(min=1)
+    if score_QN is None:
+        score_QN = torch.zeros_like(share_Q1).expand_as(has_QN)
+    lowest = torch.finfo(torch.float64).min
+    part_QN = score_QN.double().masked_fill(~has_QN, lowest).softmax(-1)
+    support_QN = has_QN * share_Q1 * part_QN
     return torch.cat([support_QN, own_QM * rest_Q1 / own_Q1.clamp(min=1)], 1)
 
 

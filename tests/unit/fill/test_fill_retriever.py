@@ -6,6 +6,7 @@ import torch
 from mm_moe.errors import ConfigError
 from mm_moe.fill.base import FillShape, SupportTokens
 from mm_moe.fill.retriever import RetrieverFill, pool_weights
+from mm_moe.fill.similar import SimilarRetrieverFill
 from tests.fill_cases import NAMES, PRESENT, SHAPE, supports_of, tokens_of
 
 torch.set_num_threads(1)
@@ -103,6 +104,25 @@ def test_the_gate_loss_reaches_the_router():
     sum(filled.losses.values()).backward()
     assert fill.layer.router.weight.grad.any()
     assert fill.layer.router.noise_weight.grad.any()
+
+
+def test_similar_supports_weigh_more():
+    shape = FillShape(("a", "b"), 1, 2)
+    fill = SimilarRetrieverFill(shape, legacy=True, num_heads=1, beta=0.0, temperature=0.5)
+    there, rows = torch.ones(2, 2, dtype=torch.bool), torch.arange(2)
+    a, b = torch.tensor([[[4.0, 0.0]], [[0.0, 4.0]]]), torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    supports = {
+        "a": SupportTokens(a, torch.tensor([[0, 1]]), there, rows),
+        "b": SupportTokens(b, torch.empty(0, 2, dtype=torch.int64), there, rows),
+    }
+    tokens = {"a": torch.zeros(1, 1, 2), "b": torch.tensor([[[5.0, 0.0]]])}
+    filled = fill(tokens, torch.tensor([[NO, YES]]), supports)
+    # cosines 1 and 0, softmax of 2 and 0
+    first = torch.tensor([2.0, 0.0]).softmax(0)
+    assert torch.allclose(filled.tokens["a"][0, 0], 4 * first)
+    for kind, value in ((SimilarRetrieverFill, 0), (RetrieverFill, 0.1)):
+        with pytest.raises(ConfigError, match=r"is for fill 'similar_retriever', above 0"):
+            kind(shape, num_heads=1, temperature=value)
 
 
 @pytest.mark.parametrize(
