@@ -114,7 +114,7 @@ def test_features_of_different_widths_are_refused():
 @pytest.mark.parametrize(
     ("fill", "options", "words"),
     [
-        ("retreiver", {}, r"unknown fill 'retreiver'; did you mean retriever\?"),
+        ("retreiver", {}, r"unknown fill 'retreiver'; did you mean retriever"),
         ("retriever", {"num_candidate": 4}, r"unknown fill 'retriever': option 'num_candidate'; "),
         ("retriever", {"top_k": 40}, r"top_k \(40\) is more than the 12 experts"),
         (None, {"top_k": 4}, r"without a fill"),
