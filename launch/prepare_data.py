@@ -6,8 +6,8 @@ that does not decode, NaN, ...) are counted, named and listed in `DIR/quarantine
 Clinical data (adni, mimic3, mimic4, eicu, ...) come under pseudonyms: shards, quarantine and all
 that a run writes from them name nobody. `DIR/ids.csv` translates, for its owner only.
 
-`prepare_data.py interactions` and `features` make something of a data set instead, and
-`fastmri_slices` makes slices of volumes; see their --help.
+`prepare_data.py interactions` and `features` make something of a data set instead,
+`fastmri_slices` makes slices of volumes, and `cells` Parquet of single cells; see their --help.
 """
 
 from __future__ import annotations

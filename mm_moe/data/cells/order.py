@@ -20,7 +20,6 @@ from mm_moe.registry import nearest
 
 UNIFORM, PROPORTIONAL, ALTERNATING, LONGEST = "uniform", "proportional", "alternating", "longest"
 SAMPLERS = (UNIFORM, PROPORTIONAL, ALTERNATING, LONGEST)
-STRETCH = 4096  # positions of the endless sampler that are made at once
 
 
 def check_sampler(sampler: str, run: int) -> None:
@@ -49,8 +48,9 @@ def turns(sizes: Sequence[int], *, sampler: str, run: int, key: str) -> np.ndarr
         key: of the chance.
     """
     # uneven ends: the last run of a species may be shorter
-    runs = [(s, i) for s, size in enumerate(sizes) for i in range(-(-size // run))]
-    species_U, number_U = np.array(runs, dtype=np.int64).reshape(-1, 2).T
+    count_S = -(-np.asarray(sizes, dtype=np.int64) // run)
+    species_U = np.repeat(np.arange(len(sizes)), count_S)
+    number_U = np.arange(len(species_U)) - np.repeat(np.cumsum(count_S) - count_S, count_S)
     size_U = np.asarray(sizes, dtype=np.int64)[species_U]
     length_U = np.minimum(run, size_U - number_U * run)
     if sampler == ALTERNATING:
@@ -58,7 +58,7 @@ def turns(sizes: Sequence[int], *, sampler: str, run: int, key: str) -> np.ndarr
     elif sampler == PROPORTIONAL:
         order_U = permutation(len(species_U), key=key)
     else:
-        order_U = _uniform_order(np.bincount(species_U, minlength=len(sizes)), key=key)
+        order_U = _uniform_order(count_S, key=key)
     if sampler == PROPORTIONAL:  # the runs of a species keep their own order
         return _in_order(species_U[order_U], sizes, run)
     return np.repeat(species_U[order_U], length_U[order_U])

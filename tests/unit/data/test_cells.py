@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 pytest.importorskip("anndata", reason="pip install -e '.[single_cell]'")
 
@@ -362,3 +363,16 @@ def test_real_bone_marrow_in_training_order():
     runs = [{*s.payload} for s in samples]
     assert all(runs[n] == runs[n - n % 16] for n in range(160))
     assert {name for run in runs for name in run} == {"human", "mouse"}
+
+
+def test_loader_workers_open_the_file_anew(tmp_path):
+    write_h5ad(tmp_path / "human.h5ad", counts(200, 5))
+    source = CellsData(str(tmp_path), shares=ALL_TRAIN, memory_mib=0)
+
+    def drawn(workers):
+        stream = SampleStream(source, split="train", batch_size=16, shuffle_buffer=64)
+        loader = DataLoader(stream, 16, collate_fn=list, num_workers=workers)
+        return [batch for batch, _ in zip(loader, range(20), strict=False)]
+
+    alone = drawn(0)  # this process has the file open when the others begin
+    assert drawn(2) == alone
