@@ -130,25 +130,20 @@ class CellProcessor:
                     f"a cell has {row.num_genes} genes; the model takes {self.num_genes}. Read the "
                     'data with the model\'s own gene list (option "vocabulary").'
                 )
-        crow = np.zeros(len(rows) + 1, dtype=np.int64)
+        count = len(rows)
+        library = torch.tensor([row.library for row in rows], dtype=torch.float32)
+        conditions = torch.tensor([row.conditions for row in rows], dtype=torch.int64)
+        found = {"library": library, "conditions": conditions.reshape(count, -1)}
+        # filled at once: a second copy of the entries costs as much as the matrix
+        col = np.frombuffer(bytearray().join([row.col for row in rows]), dtype=PLACE)
+        val = np.frombuffer(bytearray().join([row.val for row in rows]), dtype=VALUE)
+        crow = np.zeros(count + 1, dtype=np.int32 if self.form == "dense" else np.int64)
         np.cumsum([len(row.val) // VALUE.itemsize for row in rows], out=crow[1:])
-        col = torch.frombuffer(bytearray(b"".join(row.col for row in rows) or 4), dtype=torch.int32)
-        val = torch.frombuffer(
-            bytearray(b"".join(row.val for row in rows) or 4), dtype=torch.float32
-        )
-        count = int(crow[-1])  # torch refuses an empty buffer; hence the 4 bytes above
-        crow_N, col, val = torch.from_numpy(crow), col[:count], val[:count]
-        found = {
-            "library": torch.tensor([row.library for row in rows], dtype=torch.float32),
-            "conditions": torch.tensor([row.conditions for row in rows], dtype=torch.int64).reshape(
-                len(rows), -1
-            ),
-        }
         if self.form == "dense":
-            shape = (len(rows), self.num_genes)
-            matrix = scipy.sparse.csr_matrix((val.numpy(), col.numpy(), crow), shape=shape)
+            matrix = scipy.sparse.csr_matrix((val, col, crow), shape=(count, self.num_genes))
             return {"values": torch.from_numpy(matrix.toarray()), **found}
-        return {"crow": crow_N, "col": col, "val": val, **found}
+        parts = {"crow": crow, "col": col, "val": val}
+        return {**{name: torch.from_numpy(part) for name, part in parts.items()}, **found}
 
 
 def densify(crow: Tensor, col: Tensor, val: Tensor, *, num_genes: int) -> Tensor:
