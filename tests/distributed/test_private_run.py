@@ -85,6 +85,7 @@ def leaks(found: dict[str, bytes]) -> list[tuple[str, str]]:
     ]
 
 
+@pytest.mark.slow  # a training run, a scoring, an export
 def test_planted_identifiers_are_nowhere(tmp_path, capfd):
     raw, data, run = tmp_path / "raw", tmp_path / "data", tmp_path / "runs" / "one"
     hospital_layouts.mimic3(raw, patient=PATIENT, stay=STAY, insurer=INSURER, lab=RARE)

@@ -170,7 +170,7 @@ def _events(value: Any, modality: str, *, num_variables: int) -> np.ndarray:
     array_T3 = np.ascontiguousarray(value, dtype=FLOAT)
     fault = check_events(array_T3, num_variables=num_variables)
     if fault:
-        raise BadRowError(f"{modality}: {fault}")
+        raise BadRowError(f"{fault} in {modality}")
     return array_T3
 
 

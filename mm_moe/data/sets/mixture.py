@@ -93,6 +93,7 @@ class MixtureData(DataSource):
         self._settle_labels(sources)
         self.sequences = self._forms("sequences")
         self.array_shapes = self._forms("array_shapes")
+        self.private = any(source.private for source in sources)
         self.remote = next((s.remote for s in sources if s.remote is not None), None)
         self._scored = self._scored_part(scored)
         if self._scored is not None:
