@@ -7,7 +7,8 @@ Clinical data (adni, mimic3, mimic4, eicu, ...) come under pseudonyms: shards, q
 that a run writes from them name nobody. `DIR/ids.csv` translates, for its owner only.
 
 `prepare_data.py interactions` and `features` make something of a data set instead,
-`fastmri_slices` makes slices of volumes, and `cells` Parquet of single cells; see their --help.
+`fastmri_slices` makes slices of volumes, `cells` Parquet of single cells, and `missingness` tells
+what a data set lacks; see their --help.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ PROGRAMS = {  # imported when asked for: they are heavy
     "features": "launch.cache_features",
     "fastmri_slices": "launch.prepare_slices",
     "cells": "launch.prepare_cells",
+    "missingness": "launch.missingness",
 }
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from mm_moe.data.prepare.check import CheckedRow
 from mm_moe.data.prepare.raw import IMAGES, TEXTS, RawDataSet
 from mm_moe.data.reading import file_sha256
-from mm_moe.data.schema import MULTI_LABEL, SINGLE_LABEL, VQA
+from mm_moe.data.schema import MULTI_LABEL, SINGLE_LABEL, SURVIVAL, VQA
 
 ROWS_PER_FILE = 2000
 ROWS_PER_GROUP = 100
@@ -27,6 +27,7 @@ def features(raw: RawDataSet) -> datasets.Features:
     labels: dict[str, Any] = {
         SINGLE_LABEL: datasets.Value("int64"),
         MULTI_LABEL: datasets.List(datasets.Value("int8")),
+        SURVIVAL: datasets.List(datasets.Value("float32")),
     }
     if raw.task == VQA:  # {class: share}, as wide as the vocabulary if it were dense
         share = {"class": datasets.Value("int32"), "share": datasets.Value("float64")}

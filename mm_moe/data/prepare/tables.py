@@ -35,7 +35,13 @@ from mm_moe.data.prepare.tables_read import (
     text_cells,
 )
 from mm_moe.data.prepare.tables_schema import read_schema
-from mm_moe.data.schema import BINARY, REGRESSION, SINGLE_LABEL
+from mm_moe.data.schema import (
+    CLINICAL_BINARY,
+    CLINICAL_CLASSES,
+    REGRESSION,
+    SINGLE_LABEL,
+    SURVIVAL,
+)
 from mm_moe.data.standardise import plain_numbers
 from mm_moe.errors import DataError
 
@@ -47,9 +53,10 @@ KINDS = {
     "image": IMAGES,
 }
 PROBLEMS = {
-    "binary": (SINGLE_LABEL, BINARY),
-    "classes": (SINGLE_LABEL, SINGLE_LABEL),
+    "binary": (SINGLE_LABEL, CLINICAL_BINARY),
+    "classes": (SINGLE_LABEL, CLINICAL_CLASSES),
     "regression": (REGRESSION, REGRESSION),
+    "survival": (SURVIVAL, SURVIVAL),
 }
 
 
@@ -104,10 +111,11 @@ class TablesRaw(RawDataSet):
         patient, row = self.schema["patient"], self.schema.get("row", self.schema["patient"])
         split, time = self.schema["split"].get("column"), self.schema.get("prediction_time")
         hour = time.get("column") if isinstance(time, dict) else None
-        names = [n for n in (patient, row, about["column"], split, hour) if n]
+        names = [n for n in (patient, row, about["column"], about.get("time"), split, hour) if n]
         cells = read_columns(path, list(dict.fromkeys(names)))
         self.keys, self.patients = text_cells(cells[row]), text_cells(cells[patient])
         self.cells = text_cells(cells[about["column"]])
+        self.times = text_cells(cells[about["time"]]) if "time" in about else self.cells
         self.split_cells = text_cells(cells[split]) if split else None
         unnamed = sum(
             key is None or p is None for key, p in zip(self.keys, self.patients, strict=True)
@@ -201,7 +209,7 @@ class TablesRaw(RawDataSet):
         """The rows of a split, in the order of the label's file."""
         for row in self.rows_of[split]:
             key, group = str(self.keys[row]), str(self.patients[row])
-            label = self._label(self.cells[row])
+            label = self._label(self.cells[row], self.times[row])
             if isinstance(label, str):
                 yield RawRow(key, group=group, fault=label)
                 continue
@@ -210,10 +218,15 @@ class TablesRaw(RawDataSet):
             payload = {name: value for name, value in found.items() if value is not None}
             yield RawRow(key, payload, label, group=group, fault=faults[0] if faults else None)
 
-    def _label(self, cell: str | None) -> Any:
+    def _label(self, cell: str | None, time: str | None) -> Any:
         """The label, None where the cell is empty, or as a text what is wrong with it."""
         if cell is None:
             return None
+        if self.problem_type == SURVIVAL:
+            days = plain_numbers([time])[0]
+            if cell not in ("0", "1") or not np.isfinite(days) or days < 0:
+                return "wrong label: no event 0 or 1 with a time of at least 0"
+            return [float(days), float(cell)]
         if self.problem_type == REGRESSION:
             value = plain_numbers([cell])[0]
             return float(value) if np.isfinite(value) else "wrong label: no finite number"

@@ -8,8 +8,9 @@ YAML or JSON, an object with these keys; unknown ones are errors, so that nothin
     label:
       file: outcomes.csv         # .csv, .csv.gz or .parquet, one line per row
       column: died
-      kind: binary               # binary, classes or regression
-      classes: ["0", "1"]        # how the cells spell them
+      kind: binary               # binary, classes, regression or survival
+      classes: ["0", "1"]        # of binary and classes: how the cells spell them
+      time: days                 # of survival, whose column holds 1 for an event, 0 for censored
     split:
       column: split              # of the label's file, cells train, validation or test; or
       shares: {train: 0.7, validation: 0.15, test: 0.15}      # by a keyed hash of the patient
@@ -46,7 +47,7 @@ from mm_moe.registry import nearest
 NAMES = ("schema.yaml", "schema.yml", "schema.json")
 TOP = {"patient", "label", "split", "modalities"}
 OPTIONAL = {"row", "license", "prediction_time", "late", "leaks"}
-LABEL_KINDS = ("binary", "classes", "regression")
+LABEL_KINDS = ("binary", "classes", "regression", "survival")
 NEEDED = {  # kind -> keys that it must have, besides file
     "table": {"columns"},
     "events": {"time"},
@@ -98,15 +99,17 @@ def read_schema(source: Path, name: str | None = None) -> tuple[Path, dict[str, 
 
 def _label(about: Any, where: str) -> None:
     _object(about, where)
-    _keys(about, where, needed={"file", "column", "kind"}, allowed={"classes"})
+    _keys(about, where, needed={"file", "column", "kind"}, allowed={"classes", "time"})
+    if ("time" in about) != (about["kind"] == "survival"):
+        raise DataError(f"{where}: time is needed for survival, and for nothing else.")
     if about["kind"] not in LABEL_KINDS:
         raise DataError(
             f"{where}: kind {about['kind']!r}; {nearest(str(about['kind']), [*LABEL_KINDS])}"
         )
     classes = about.get("classes")
-    if about["kind"] == "regression":
+    if about["kind"] in ("regression", "survival"):
         if classes is not None:
-            raise DataError(f"{where}: a regression has no classes.")
+            raise DataError(f"{where}: {about['kind']} has no classes.")
         return
     if not isinstance(classes, list) or len(set(map(str, classes))) != len(classes):
         raise DataError(f"{where}: classes must be a list of different names.")

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from mm_moe.data.chance import split_of
 from mm_moe.data.events import EventStatistics, event_entry, pack_events
 from mm_moe.data.reading import reading
-from mm_moe.data.schema import BINARY, REGRESSION, SINGLE_LABEL
+from mm_moe.data.schema import CLINICAL_BINARY, REGRESSION, SINGLE_LABEL
 from mm_moe.data.sets.emoji import find_file
 from mm_moe.data.sets.patients import PatientData, Patients, table_entry, vectors
 from mm_moe.data.standardise import CATEGORICAL, NUMERIC, TableEncoder
@@ -37,7 +37,7 @@ STATIC = {
     "Weight": NUMERIC,
 }
 LABELS = {  # label -> column, classes, problem type, family of scores
-    "death": ("In-hospital_death", ("survived", "died"), SINGLE_LABEL, BINARY),
+    "death": ("In-hospital_death", ("survived", "died"), SINGLE_LABEL, CLINICAL_BINARY),
     "length_of_stay": ("Length_of_stay", (), REGRESSION, None),
 }
 LEAKS = ("SAPS-I", "SOFA", "Length_of_stay", "Survival", "In-hospital_death")

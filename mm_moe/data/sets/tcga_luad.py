@@ -21,7 +21,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from mm_moe.data.reading import reading
-from mm_moe.data.schema import BINARY, SINGLE_LABEL
+from mm_moe.data.schema import CLINICAL_BINARY, CLINICAL_CLASSES, SINGLE_LABEL, SURVIVAL
 from mm_moe.data.sets.emoji import find_file
 from mm_moe.data.sets.patients import (
     PatientData,
@@ -54,6 +54,7 @@ BARCODE, SMOKING, STAGE = (
     "tobacco_smoking_history_indicator",
     "ajcc_pathologic_tumor_stage",
 )
+FOLLOWED, DEATH = ("vital_status", "last_contact_days_to"), "death_days_to"
 DIAGNOSIS = {  # clinical columns that are known at diagnosis
     "gender": CATEGORICAL,
     "race": CATEGORICAL,
@@ -97,8 +98,9 @@ STAGE_COLUMNS = (
 )
 STAGES = ("I", "II", "III", "IV")
 TASKS = {  # task -> classes, problem type, family of scores, columns that tell the label
-    "never_smoker": (("smoker", "never_smoker"), SINGLE_LABEL, BINARY, SMOKING_COLUMNS),
-    "stage": (STAGES, SINGLE_LABEL, None, STAGE_COLUMNS),
+    "never_smoker": (("smoker", "never_smoker"), SINGLE_LABEL, CLINICAL_BINARY, SMOKING_COLUMNS),
+    "stage": (STAGES, SINGLE_LABEL, CLINICAL_CLASSES, STAGE_COLUMNS),
+    "survival": ((), SURVIVAL, None, ()),
 }
 
 
@@ -107,7 +109,9 @@ class TcgaLuadData(PatientData):
 
     Args:
         data_dir: folder that holds the five files, or `tcga_luad/` with them.
-        label: "never_smoker" (indicator 1 against 2 to 5) or "stage" (I to IV).
+        label: "never_smoker" (indicator 1 against 2 to 5), "stage" (I to IV), or "survival" (days
+            to death, or censored at the last contact; patients without a day of follow-up are left
+            out).
         fold: which fifth of the patients is the test split; the next one is validation. Folds are
             stratified, by keyed hash of the barcode.
         seed: another seed, other folds.
@@ -155,7 +159,8 @@ class TcgaLuadData(PatientData):
             for row, name in enumerate(clinical[BARCODE])
             if (found := self._label(clinical, row)) is not None
         }
-        fold_of = folds(list(labels), labels, count=FOLDS, dataset=self.name, seed=self.seed)
+        strata = {k: v[1] if self.label == "survival" else v for k, v in labels.items()}
+        fold_of = folds(list(labels), strata, count=FOLDS, dataset=self.name, seed=self.seed)
         split_of = fold_splits(fold_of, fold=self.fold, count=FOLDS)
         train = set(split_of["train"])
         payloads = {
@@ -177,6 +182,8 @@ class TcgaLuadData(PatientData):
         if self.label == "never_smoker":
             cell = clinical[SMOKING][row]
             return None if cell is None else int(cell == "1")
+        if self.label == "survival":
+            return _survival(*(clinical[name][row] for name in (*FOLLOWED, DEATH)))
         words = (clinical[STAGE][row] or "").removeprefix("Stage ").rstrip("AB")
         return STAGES.index(words) if words in STAGES else None
 
@@ -192,6 +199,13 @@ class TcgaLuadData(PatientData):
         return vectors(names, encoder.encode(columns))
 
 
+def _survival(status: str | None, seen: str | None, died: str | None) -> Any:
+    """(days, whether the patient died); None without a day of follow-up."""
+    dead = status == "Dead"
+    [days] = plain_numbers([died if dead else seen])
+    return (float(days), float(dead)) if days > 0 else None
+
+
 def read_clinical(path: Path) -> dict[str, np.ndarray]:
     """Column -> cells as texts, None where a cell is in square brackets or empty.
 
@@ -202,7 +216,7 @@ def read_clinical(path: Path) -> dict[str, np.ndarray]:
         names = pa_csv.open_csv(path).schema.names
         as_text = pa_csv.ConvertOptions(column_types={name: pa.string() for name in names})
         table = pa_csv.read_csv(path, convert_options=as_text)
-    needed = [BARCODE, *DIAGNOSIS]
+    needed = [BARCODE, *DIAGNOSIS, *FOLLOWED, DEATH]
     lacking = [name for name in needed if name not in names]
     if lacking:
         raise DataError(

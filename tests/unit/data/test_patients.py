@@ -99,6 +99,18 @@ def test_tcga_takes_what_tells_the_label_from_the_inputs(tmp_path):
     assert [s.label for s in stage.index("test")].count(0) == 2
 
 
+def test_tcga_survival_is_days_and_whether_they_died(tmp_path):
+    folder = patient_layouts.tcga_luad(tmp_path)
+    source = TcgaLuadData(str(folder), label="survival")
+    labels = sorted(s.label for split in source.splits() for s in source.index(split))
+    # patient n: dead after 10 n days where n is odd, else seen last after 20 n; 0 has no follow-up
+    expected = [(10.0 * n, 1.0) if n % 2 else (20.0 * n, 0.0) for n in range(1, 40)]
+    assert labels == sorted(expected)
+    assert source.label_names == ()
+    test = [s.label[1] for s in source.index("test")]
+    assert sum(test) == 4  # folds are stratified by the event
+
+
 @pytest.mark.parametrize(
     ("options", "words"), [({"label": "stages"}, "did you mean stage"), ({"fold": 5}, "0 to 4")]
 )

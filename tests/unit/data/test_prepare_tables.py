@@ -83,6 +83,7 @@ REFUSED = {
     "leak": ({"modalities__static__columns": {"score": "numeric"}}, "leaks says must not be one"),
     "column_kind": ({"modalities__static__columns": {"age": "number"}}, "numeric"),
     "classes": ({"label__classes": ["no", "yes", "so"]}, "binary has two"),
+    "no_time": ({"label__kind": "survival", "label__classes": None}, "time is needed for"),
     "shares": ({"split": {"shares": {"train": 0.7, "test": 0.7}}}, r"add up to 1\.4"),
     "both": ({"split": {"shares": {"train": 1.0}, "column": "part"}}, "one of column and shares"),
     "no_file": ({"modalities__labs__file": "lab.csv"}, "there is no lab.csv"),
@@ -160,6 +161,17 @@ def test_bad_rows_go_into_quarantine_and_are_counted(tmp_path):
     assert reasons[:2] == ["wrong label", "infinite value in a table"]
     assert reasons[2:] == ["array file cannot be read", "scan is float32"]
     assert "maybe" not in "".join(lines)
+
+
+def test_survival_is_a_time_and_an_event(tmp_path):
+    label = {"file": "out.csv", "column": "event", "time": "days", "kind": "survival"}
+    out = {"event": [1, 0, 2, *[0] * 21], "days": [5, 7, 9, *range(21)]}
+    raw = patient_layouts.tables(tmp_path / "raw", schema=changed(label=label), out=out)
+    argv = ["tables", "--source", str(raw), "--output", str(tmp_path / "out")]
+    assert prepare_data.main([*argv, "--max_bad_ratio", "0.5"]) == 0
+    source = TablesData(str(tmp_path / "out"))
+    assert [s.label for s in source.index("train")][:3] == [[5.0, 1.0], [7.0, 0.0], [0.0, 0.0]]
+    assert source.problem_type == "survival"
 
 
 def test_a_row_without_anything_goes_into_quarantine(tmp_path):
