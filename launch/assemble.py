@@ -20,6 +20,7 @@ from launch.members import composed_config, composed_model
 from launch.model_config import model_config
 from launch.own_models import carry_objective, own_config, prepare_objective, processors_of
 from launch.scoring import Scorer, train_prior
+from launch.supports import supports_of
 from launch.tables import read_tables
 from launch.zero_shot import ZeroShot, flat, has_pairs, zero_shot_of
 from mm_moe.arguments import ModelArguments, parse_json
@@ -129,6 +130,18 @@ class Run:
         collator.max_bad_samples = None
         collator.variation = self.train_variation()
         return collator
+
+    def find_supports(self) -> None:
+        """Let batches of training and scoring bring what the fill asks for. A collective."""
+        self.scorer.supports = supports_of(
+            self.settings.model.fill,
+            parse_json("fill_config", self.settings.model.fill_config),
+            self.source,
+            split=self.settings.data.train_split,
+            missing=self.train_missing,
+            seed=self.data_seed,
+            folder=Path(str(self.settings.training.output_dir)),
+        )
 
     def train_variation(self) -> Variation:
         """What captions and pictures training sees of the samples, by epoch."""
@@ -281,17 +294,17 @@ def prepare_run(
         signals=signals,
     )
     run = Run(settings, source, model, scorer)
+    run.find_supports()
     run.initialise_prompt()
     objective = objective_of(settings, problem_type=source.problem_type)
     prepare_objective(objective, model, settings)
-    collator = run.train_collator()
     runtime.allow_another_trainer()
     run.trainer = MultimodalTrainer(
         model=model,
         args=settings.training,
         objective=objective,
         make_stream=run.train_stream,
-        data_collator=collator,
+        data_collator=run.train_collator(),
         learning_rate_scale=learning_rate_scale(settings.run.new_parts_lr_scale),
         save_extra=run.save_extra,
         scores=run.validation_scores,

@@ -29,6 +29,7 @@ from finetune.interaction_view import view_of
 from launch import rescore
 from launch.cli import ProgramParser, run_program, tell
 from launch.scoring import Scorer, train_prior
+from launch.supports import supports_of
 from launch.tables import read_tables
 from launch.zero_shot import (
     as_objective_sees,
@@ -37,9 +38,11 @@ from launch.zero_shot import (
     write_rows,
     zero_shot_of,
 )
-from mm_moe.arguments import dataset_options
+from mm_moe.arguments import dataset_options, parse_json
 from mm_moe.checkpoint import store
+from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.schema import NO_LABEL, DataSource
+from mm_moe.data.support_batch import Supports
 from mm_moe.data.table import MissingTable
 from mm_moe.errors import CheckpointError, ConfigError
 from mm_moe.models.folder import load_model
@@ -160,6 +163,32 @@ def stored_tables(
     return tables
 
 
+def training_supports(saved: dict[str, Any], source: DataSource, run: Path) -> Supports | None:
+    """The training rows that a fill asks for, as the run drew them; None without such a fill."""
+    split, seed = saved["train_split"], saved.get("data_seed")
+    table = None
+    if saved.get("fill"):
+        table = read_tables(saved.get("missing_table") or [], source=source, only=[split]).get(
+            split
+        )
+    protocol = MissingProtocol(
+        kind=saved["missing_type"],
+        ratio=saved["missing_ratio"],
+        seed=saved["missing_seed"],
+        dataset=source.name,
+        split=split,
+    )
+    return supports_of(
+        saved.get("fill"),
+        parse_json("fill_config", saved.get("fill_config")),
+        source,
+        split=split,
+        missing=table or protocol,
+        seed=saved["seed"] if seed is None else seed,
+        folder=run,
+    )
+
+
 def score_zero_shot(scorer: Scorer, saved: dict[str, Any], options: argparse.Namespace) -> None:
     """Retrieval and zero-shot classes of a model that was trained without task labels."""
     asked = {key: value for key, value in vars(options).items() if key.startswith("zero_shot")}
@@ -194,6 +223,7 @@ def main(argv: list[str]) -> int:
         batch_size=options.batch_size,
         max_bad_samples=saved["max_bad_samples"],
         tables=tables,
+        supports=training_supports(saved, source, options.run),
     )
     if has_pairs(source):
         score_zero_shot(scorer, saved, options)

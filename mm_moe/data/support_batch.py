@@ -33,7 +33,7 @@ class Supports:
         seed: another seed, other supports.
         num_supports: rows for each sample and modality that it lacks; None: as many as it has
             modalities (at least 1).
-        others: bring all that a support has, and not only the modality that it was drawn for.
+        whole: bring all that a support has, and not only the modality that it was drawn for.
     """
 
     index: SupportIndex
@@ -41,7 +41,7 @@ class Supports:
     dataset: str
     seed: int = 0
     num_supports: int | None = None
-    others: bool = False
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.num_supports is not None and self.num_supports < 1:
@@ -81,58 +81,33 @@ class Supports:
         "rows": int64 (Q, n), places among the S rows for each sample that lacks the modality, in
             the order of the batch; -1 is padding;
         "present": bool (S, M), what each support row has;
-        "index": int64 (S,), its number in the training split;
-        "others": if wanted, modality -> packed payload of those of the S rows that have it, too.
+        "index": int64 (S,), its number in the training split.
 
-        A support whose image or text does not decode is left out; among the others it counts as
-        missing.
+        A row that was drawn for one modality is among those of every other that it has, if supports
+        come whole. Where its image or text does not decode, it is left out.
         """
         width = self.num_supports or max(len(modalities) - 1, 1)
+        draws = {name: self.draw(samples, present_BM, m, name) for m, name in enumerate(modalities)}
+        wanted = {name: {row for rows in drawn for row in rows} for name, drawn in draws.items()}
+        everyone = set().union(*wanted.values())
         packed = {}
         for m, name in enumerate(modalities):
-            drawn = self.draw(samples, present_BM, m, name)
-            wanted = sorted({row for rows in drawn for row in rows})
-            values = [decode(name, value) for value in self.store.values(name, wanted)]
-            kept = [(row, v) for row, v in zip(wanted, values, strict=True) if v is not None]
+            brought = {row for row in everyone if self.whole and self._has(row, m)}
+            asked = sorted(wanted[name] | brought)
+            values = [decode(name, value) for value in self.store.values(name, asked)]
+            kept = [(row, v) for row, v in zip(asked, values, strict=True) if v is not None]
             rows = [row for row, _ in kept]
-            present_SM = self._present(rows)
+            place_of = {row: s for s, row in enumerate(rows)}
             packed[name] = {
                 "inputs": processors[name]([value for _, value in kept]) if kept else {},
-                "rows": _places(drawn, {row: s for s, row in enumerate(rows)}, width=width),
-                "present": present_SM,
+                "rows": _places(draws[name], place_of, width=width),
+                "present": self._present(rows),
                 "index": torch.tensor(rows, dtype=torch.int64),
             }
-            if self.others:
-                found = {
-                    other: self._other(
-                        rows,
-                        other,
-                        present_SM[:, o],  # a view: what does not decode is taken from it
-                        processor=processors[other],
-                        decode=decode,
-                    )
-                    for o, other in enumerate(modalities)
-                    if o != m
-                }
-                packed[name]["others"] = {other: value for other, value in found.items() if value}
         return packed
 
-    def _other(
-        self,
-        rows: list[int],
-        name: str,
-        present_S: Tensor,
-        *,
-        processor: Processor,
-        decode: Decode,
-    ) -> dict[str, Tensor]:
-        """A further modality of S support rows, packed; what does not decode becomes missing."""
-        places = present_S.nonzero().flatten().tolist()
-        found = [decode(name, v) for v in self.store.values(name, [rows[s] for s in places])]
-        for s, value in zip(places, found, strict=True):
-            present_S[s] = value is not None
-        values = [value for value in found if value is not None]
-        return processor(values) if values else {}
+    def _has(self, row: int, m: int) -> bool:
+        return bool(self.index.pattern_N[row] >> m & 1)
 
     def _present(self, rows: list[int]) -> Tensor:
         """Bool (S, M)."""

@@ -151,22 +151,23 @@ def test_as_many_supports_as_modalities_by_default(tmp_path):
     assert (lab["rows"] >= 0).sum(1).tolist() == [2]
 
 
-def test_supports_bring_their_other_modalities_where_these_are_compared(tmp_path):
-    source = Clinic(own_access=True, rows=[*ROWS[:4], (4.0, "e", None), (5.0, b"\xff", 15)])
-    only = [samples(source)[0]]  # the sample has everything but, below, its lab value
+def test_whole_supports_are_found_under_all_that_they_have(tmp_path):
+    rows = [*ROWS[:4], (4.0, "e", None), (5.0, b"\xff", 15)]
+    source = Clinic(own_access=True, rows=rows)
+    only = [samples(source)[0]]
     only[0].payload.pop("lab")
     only[0].payload.pop("volume")
-    lab = collator(supports_of(source, tmp_path, others=True, num_supports=3))(only)["supports"][
-        "lab"
-    ]
-    # rows 2, 4 and 5 have a lab value and a text, which row 5's does not turn out to be
-    assert lab["index"].tolist() == [2, 4, 5]
-    assert lab["others"]["text"]["ids"].tolist() == [[ord("c")], [ord("e")]]
-    assert lab["others"]["volume"]["values"].flatten().tolist() == [15.0]
-    has = [[True, True, False], [True, True, False], [True, False, True]]
-    assert lab["present"].tolist() == has
-    plain = collator(supports_of(source, tmp_path))(only)["supports"]["lab"]
-    assert "others" not in plain
+    found = collator(supports_of(source, tmp_path, whole=True, num_supports=3))(only)["supports"]
+    # rows 2, 4 and 5 have a lab value and a text, which row 5's does not turn out to be;
+    # rows 3 and 5 have a text and a volume
+    assert found["lab"]["index"].tolist() == [2, 4, 5]
+    assert sorted(found["lab"]["rows"][0].tolist()) == [0, 1, 2]
+    assert found["text"]["index"].tolist() == [2, 3, 4]
+    assert found["text"]["rows"].shape == (0, 3)
+    assert found["volume"]["index"].tolist() == [3, 5]
+    plain = collator(supports_of(source, tmp_path, num_supports=3))(only)["supports"]
+    assert plain["lab"]["index"].tolist() == [2, 4, 5]
+    assert plain["text"]["index"].tolist() == []
 
 
 def test_a_support_that_does_not_decode_is_padding(tmp_path):
