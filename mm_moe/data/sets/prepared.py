@@ -60,6 +60,11 @@ class PreparedData(DataSource):
         self.license = self.info["license"]
         self.unlabelled = dict(self.info["unlabelled"])
         self.private = bool(self.info.get("private", False))
+        self.left_out = {
+            f"{split}, quarantined: {reason}": count
+            for split, record in self.info["splits"].items()
+            for reason, count in record.get("reasons", {}).items()
+        }
         self.sequences = {
             name: {key: about[key] for key in SEQUENCE_KEYS if key in about}
             for name, about in self.info["modalities"].items()

@@ -107,6 +107,7 @@ def test_tcga_survival_is_days_and_whether_they_died(tmp_path):
     expected = [(10.0 * n, 1.0) if n % 2 else (20.0 * n, 0.0) for n in range(1, 40)]
     assert labels == sorted(expected)
     assert source.label_names == ()
+    assert source.left_out == {"without a label": 1}
     test = [s.label[1] for s in source.index("test")]
     assert sum(test) == 4  # folds are stratified by the event
 

@@ -161,6 +161,9 @@ def test_bad_rows_go_into_quarantine_and_are_counted(tmp_path):
     assert reasons[:2] == ["wrong label", "infinite value in a table"]
     assert reasons[2:] == ["array file cannot be read", "scan is float32"]
     assert "maybe" not in "".join(lines)
+    left_out = TablesData(str(tmp_path / "out")).left_out
+    assert left_out["train, quarantined: wrong label"] == 1
+    assert sum(left_out.values()) == 4
 
 
 def test_survival_is_a_time_and_an_event(tmp_path):
