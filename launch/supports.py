@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ def supports_of(
     Raises:
         DataError: the data cannot be read or written.
     """
-    if fill is None or not FILLS.resolve(fill).needs_supports:
+    if fill is None or not (kind := FILLS.resolve(fill)).needs_supports:
         return None
     found = open_supports(source, split=split, missing=missing)
     if found is None:
@@ -55,6 +56,12 @@ def supports_of(
         store=store,
         dataset=source.name,
         seed=seed,
-        num_supports=options.get("num_supports"),
-        whole=FILLS.resolve(fill).needs_whole,
+        num_supports={**_defaults(kind), **options}.get("num_supports"),
+        whole=kind.needs_whole,
     )
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """The options of a fill that have a default."""
+    parameters = inspect.signature(kind).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty}
