@@ -219,6 +219,35 @@ def test_statistics_reach_the_processors():
     assert needs.source
 
 
+def test_a_pretrained_inner_tower_can_be_locked_and_is_not_read_again():
+    from mm_moe.backbones.clip_small import SmallClipBackbone
+    from mm_moe.models import MultimodalMoEConfig, build_model
+    from mm_moe.models.processing import processors_for
+
+    config = MultimodalMoEConfig(
+        backbone="clinical",
+        backbone_config={
+            "num_tokens": P,
+            "token_width": H,
+            "num_heads": 2,
+            "towers": {"text": {"kind": "text", "pretrained": "builtin"}},
+        },
+        modalities=["text"],
+        num_labels=2,
+    )
+    model = build_model(config)
+    own = SmallClipBackbone.load("builtin", settings={}, modalities=("text",))
+    inner = model.backbone.towers["text"].encoder.inner
+    assert torch.equal(inner.token_embedding.weight, own.towers["text"].token_embedding.weight)
+    assert "pretrained" not in config.backbone_config["towers"]["text"]
+    tokens = processors_for(config)["text"](["no acute distress", "fever"])
+    model.freeze(["text"])
+    model(torch.ones(2, 1, dtype=torch.bool), {"text": tokens}).logits.sum().backward()
+    assert not any(p.requires_grad for p in inner.parameters())
+    pool = model.backbone.towers["text"].encoder.pool
+    assert all(p.grad is not None for p in pool.parameters())
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
