@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 
 from torch import nn
 
 from mm_moe.arguments import parse_json
 from mm_moe.errors import ParallelismError
+from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.models.fusion import TRANSFORMER
 from mm_moe.models.fusion_transformer import TransformerHead, TransformerSettings
 from mm_moe.moe.parallel import check_layout, default_ep_size
@@ -47,6 +49,24 @@ def fusion_layout(values: argparse.Namespace, *, ep_size: int) -> int:
         )
     check_layout(num_experts=count, ep_size=values.ep_size, world_size=world)
     return values.ep_size
+
+
+def plan_fusion(config: MultimodalMoEConfig, *, router: str, planned: Sequence[str]) -> str | None:
+    """Give a fusion's experts the router that plans are made with, in place.
+
+    Args:
+        config: of the model.
+        router: that one.
+        planned: routers that need no replacement.
+
+    Returns:
+        The router that was replaced; None where there was none to replace.
+    """
+    settings = config.fusion_settings.transformer
+    if config.fusion != TRANSFORMER or settings.sparse == "none" or settings.router in planned:
+        return None
+    config.fusion_options = {**config.fusion_options, "router": router}
+    return settings.router
 
 
 def fusion_exchange(head: nn.Module | None, *, modality_rows: float) -> list[SparseLayer]:

@@ -14,7 +14,7 @@ from launch.assemble import learning_rate_scale
 from launch.check_objective import plain_objective
 from launch.cli import Settings
 from launch.fill_flags import fill_exchange
-from launch.fusion_experts import fusion_exchange
+from launch.fusion_experts import fusion_exchange, plan_fusion
 from launch.plan_model import meta_model, shard, weightless_config
 from launch.scoring import num_outputs
 from mm_moe.backbones.base import Tower
@@ -146,9 +146,11 @@ class Planner:
         if config.fill is not None:
             config.fill, config.fill_config = None, {}
             self.notes.append(f"activations without what fill {self.config.fill!r} does")
-        if plain == moe and config.prompt == self.config.prompt and config.fill == self.config.fill:
-            return self.model
+        if router := plan_fusion(config, router=PLAIN_ROUTER, planned=PLANNED_ROUTERS):
+            self.notes.append(f"activations of the fusion's {router!r} as of {PLAIN_ROUTER!r}")
         config.moe = plain or None
+        if config.to_dict() == self.config.to_dict():
+            return self.model
         return meta_model(self.settings, config)
 
     @functools.cached_property
@@ -181,6 +183,7 @@ class Planner:
             sequences={
                 name: (needs.length, needs.width) for name, needs in self.needs.sequences.items()
             },
+            arrays={name: needs.shape for name, needs in self.needs.arrays.items()},
             ep_size=self.ep_size,
             imbalance=self.machine.imbalance,
             half=self.half,
@@ -337,7 +340,7 @@ class Planner:
         found = {}
         for name in self.config.modalities:
             tower = self.model.backbone.towers[name]
-            if name in self.needs.sequences:
+            if name in self.needs.sequences and self.model.backbone.num_tokens == 1:
                 length: float = self.needs.sequences[name].length
             elif base_modality(name) == TEXT:
                 length = self.texts.real

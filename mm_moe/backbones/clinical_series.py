@@ -149,18 +149,25 @@ class EventEncoder(TokenEncoder):
         """
         values_NL3, mask_NL = payload["values"], payload["mask"]
         place_NL = torch.where(mask_NL, values_NL3[..., 1], 0.0).long()
-        if values_NL3.shape[2] != EVENT_WIDTH or (place_NL.numel() and self._outside(place_NL)):
-            raise DataError(
-                f"events must be [hours, variable 0 to {self.num_variables - 1}, value]; the batch "
-                f"has steps of width {values_NL3.shape[2]}, or variables outside. Use this model's "
-                "own data."
-            )
+        self.check(place_NL)
         share_NL = (torch.where(mask_NL, values_NL3[..., 0], 0.0) / self.hours).clamp(0, 1)
         value_NL = (values_NL3[..., 2] - self.mean_V[place_NL]) / self.std_V[place_NL]
         return share_NL, place_NL, torch.where(mask_NL, value_NL, 0.0), mask_NL
 
-    def _outside(self, place_NL: Tensor) -> bool:
-        return not 0 <= int(place_NL.min()) <= int(place_NL.max()) < self.num_variables
+    def check(self, place_NL: Tensor) -> None:
+        """Refuse an unknown variable. It looks at values, so a planned pass leaves it out.
+
+        Raises:
+            DataError: says which variables there are.
+        """
+        if len(place_NL) and not 0 <= int(place_NL.min()) <= int(place_NL.max()) < (
+            self.num_variables
+        ):
+            raise DataError(
+                f"events must be [hours, variable 0 to {self.num_variables - 1}, value]; the batch "
+                f"has variables {int(place_NL.min())} to {int(place_NL.max())}. Use this model's "
+                "own data."
+            )
 
     def blank(self) -> Payload:
         """One event at the start."""

@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from mm_moe.backbones.clinical_series import EventEncoder
 from mm_moe.batch import IMAGE, TEXT, Batch, base_modality
 from mm_moe.moe.dispatch import Dispatcher
 from mm_moe.moe.experts import Experts
@@ -59,6 +60,7 @@ class Workload:
         half: bf16 weights and activations.
         grouped: experts run as grouped products, which keep the activated hidden values too.
         sequences: modality -> (steps, width) of inputs that are feature sequences.
+        arrays: modality -> shape of inputs that are arrays.
         keep_inputs: the float32 inputs stay beside their bf16 copy (training on the host).
         recompute_every: blocks of which one is computed again in the backward pass; 0 for none.
     """
@@ -73,6 +75,7 @@ class Workload:
     half: bool = False
     grouped: bool = False
     sequences: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     keep_inputs: bool = False
     recompute_every: int = 0
 
@@ -355,6 +358,9 @@ def _materialise(model: nn.Module, *, load: Workload, rows: dict[str, int]) -> N
             if buffer is not None:
                 kind = dtype if buffer.is_floating_point() else buffer.dtype
                 module._buffers[name] = torch.empty(buffer.shape, dtype=kind)
+    for module in model.modules():
+        if isinstance(module, EventEncoder):
+            vars(module)["check"] = lambda place_NL: None
     for layer in moe_layers(model).values():
         layer.dispatcher = PlannedDispatcher(load)
         if isinstance(layer.router, GroupRouter):
@@ -372,10 +378,10 @@ def _batch(samples: int, rows: dict[str, int], *, load: Workload) -> Batch:
         if name in load.sequences:
             steps, width = load.sequences[name]
             values = torch.empty(count, steps, width, dtype=torch.bfloat16 if load.half else None)
-            inputs[name] = {
-                "values": values,
-                "mask": torch.empty(count, steps, dtype=torch.bool),
-            }
+            inputs[name] = {"values": values, "mask": torch.empty(count, steps, dtype=torch.bool)}
+        elif name in load.arrays:
+            values = torch.empty(count, *load.arrays[name])
+            inputs[name] = {"values": values.bfloat16() if load.half else values}
         elif base_modality(name) == IMAGE:
             pixels = torch.empty(count, 3, load.image_size, load.image_size)
             inputs[name] = {"pixel_values": pixels.bfloat16() if load.half else pixels}
