@@ -340,8 +340,10 @@ class Planner:
         found = {}
         for name in self.config.modalities:
             tower = self.model.backbone.towers[name]
-            if name in self.needs.sequences and self.model.backbone.num_tokens == 1:
-                length: float = self.needs.sequences[name].length
+            if self.model.backbone.num_tokens > 1:
+                length: float = self.model.backbone.num_tokens
+            elif name in self.needs.sequences:
+                length = self.needs.sequences[name].length
             elif base_modality(name) == TEXT:
                 length = self.texts.real
             else:
