@@ -51,22 +51,22 @@ def fusion_layout(values: argparse.Namespace, *, ep_size: int) -> int:
     return values.ep_size
 
 
-def plan_fusion(config: MultimodalMoEConfig, *, router: str, planned: Sequence[str]) -> str | None:
+def plan_fusion(
+    config: MultimodalMoEConfig, *, router: str, planned: Sequence[str], notes: list[str]
+) -> None:
     """Give a fusion's experts the router that plans are made with, in place.
 
     Args:
         config: of the model.
         router: that one.
         planned: routers that need no replacement.
-
-    Returns:
-        The router that was replaced; None where there was none to replace.
+        notes: gets a line if there was one to replace.
     """
     settings = config.fusion_settings.transformer
     if config.fusion != TRANSFORMER or settings.sparse == "none" or settings.router in planned:
-        return None
+        return
     config.fusion_options = {**config.fusion_options, "router": router}
-    return settings.router
+    notes.append(f"activations of the fusion's router {settings.router!r} as of {router!r}")
 
 
 def fusion_exchange(head: nn.Module | None, *, modality_rows: float) -> list[SparseLayer]:

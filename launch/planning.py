@@ -146,8 +146,7 @@ class Planner:
         if config.fill is not None:
             config.fill, config.fill_config = None, {}
             self.notes.append(f"activations without what fill {self.config.fill!r} does")
-        if router := plan_fusion(config, router=PLAIN_ROUTER, planned=PLANNED_ROUTERS):
-            self.notes.append(f"activations of the fusion's {router!r} as of {PLAIN_ROUTER!r}")
+        plan_fusion(config, router=PLAIN_ROUTER, planned=PLANNED_ROUTERS, notes=self.notes)
         config.moe = plain or None
         if config.to_dict() == self.config.to_dict():
             return self.model

@@ -126,21 +126,3 @@ def test_rows_of_experts_leave_the_node(spread):
 def test_checkpointing_saves_activations(spread):
     kept = spread["memory"][spread["own_stage"]]["activations"]
     assert spread["with_activation_checkpointing"]["activations"] < kept
-
-
-def test_a_sparse_fusion_of_tokens_is_planned(tmp_path):
-    file = tmp_path / "plan.json"
-    shape = {"num_tokens": 2, "token_width": 16, "num_heads": 2}
-    fusion = {"num_heads": 2, "sparse": "all", "num_experts": 4, "top_k": 2}
-    words = ["--dataset", "tests.clinical_data:ClinicalData", "--backbone", "clinical"]
-    words += ["--backbone_config", json.dumps(shape), "--pretrained", "none", "--prompt", "none"]
-    words += ["--fusion", "transformer", "--fusion_config", json.dumps(fusion)]
-    words += ["--objective", "cox", "--missing_type", "none"]
-    words += ["--per_device_train_batch_size", "64", "--global_batch_size", "0"]
-    words += ["--world_size", "2", "--gpus_per_node", "2", "--ep_size", "2", "--bf16", "true"]
-    assert plan.main([*words, "--json", str(file)]) == 0
-    found = json.loads(file.read_text())
-    assert found["parameters"]["head"]["expert"] == 4 * (2 * 16 * 32 + 32 + 16)
-    # 64 samples of 3 modalities of 2 tokens to 2 experts; 16 wide, bf16, out and back, twice
-    sent = 64 * 3 * 2 * 2 * 16 * 2 * 4
-    assert found["traffic"]["expert all-to-all"]["near"] == pytest.approx(sent / 2)
