@@ -24,12 +24,12 @@ from mm_moe.batch import Batch
 from mm_moe.cells.adversary import Adversaries, reverse_gradient
 from mm_moe.cells.annealing import KLAnnealer, reversal_weight
 from mm_moe.cells.configuration import SPECIES
-from mm_moe.cells.core import Posterior
+from mm_moe.cells.core import Posterior, wide
 from mm_moe.cells.critic import LOSSES, OutputCritic
 from mm_moe.cells.modeling import CellVAE
 from mm_moe.cells.output import CellOutput
 from mm_moe.cells.passes import Crossing, Passes
-from mm_moe.cells.species import Generated, wide
+from mm_moe.cells.species import Generated
 from mm_moe.errors import ConfigError
 from mm_moe.moe.noise import normal_by_place
 from mm_moe.registry import nearest
@@ -222,11 +222,11 @@ class CellObjective(StatefulObjective):
         """All passes of a step; the discriminators take theirs before the model's loss is made."""
         cells = passes.cells
         posterior = passes.posterior()
-        weight = mean_weight(torch.tensor(len(cells)), dtype=posterior.mu.dtype)
-        weight = weight.to(posterior.mu.device)
+        count = torch.tensor(len(cells), device=posterior.mu.device)
+        weight = mean_weight(count, dtype=posterior.mu.dtype)
         z = posterior.sample(self._noise(batch["ids"], passes, "z"))
         generated = passes.generate(z)
-        kl = wide(posterior.kl(free_bits=self.free_bits)).sum() * weight
+        kl = posterior.kl(free_bits=self.free_bits).sum() * weight
         losses = {
             "reconstruction": self._error(passes, generated, weight),
             "kl": self.annealer.weight * kl,

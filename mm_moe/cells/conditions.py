@@ -101,6 +101,7 @@ class ConditionBank(nn.Module):
     def forward(self, z: Tensor, code_N: Tensor, species_N: Tensor) -> Tensor:
         """Each row (N, D) by its label's map."""
         assert self.scale is not None
+        z = z.to(self.shift.dtype)
         shift_ND = self._of(self.shift, code_N, species_N)
         scale = self._of(self.scale, code_N, species_N)
         if self.kind == "film":

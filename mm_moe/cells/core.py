@@ -17,6 +17,11 @@ from mm_moe.moe.batch_norm import BatchNorm
 LEAST_VARIANCE = 1e-4
 
 
+def wide(values: Tensor) -> Tensor:
+    """At least float32: sums over tens of thousands of genes in bf16 would be too coarse."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def he_normal(weight: Tensor, *, fan: int) -> None:
     """Draw weights whose variance is 2 / fan."""
     nn.init.normal_(weight, std=(2 / fan) ** 0.5)
@@ -65,8 +70,8 @@ class Posterior:
     """A normal distribution with a diagonal covariance for each cell.
 
     Attributes:
-        mu: (N, D).
-        logvar: (N, D).
+        mu: (N, D), at least float32.
+        logvar: (N, D), likewise.
         hidden: "hidden_i" -> what the i-th hidden layer of the core gave, for adversaries.
     """
 
@@ -111,9 +116,9 @@ class GaussianEncoder(nn.Module):
     def forward(self, h: Tensor) -> Posterior:
         """The posterior of each row; its variance is at least `LEAST_VARIANCE`."""
         h, hidden = self.block(h)
-        logvar = (self.variance(h).exp() + LEAST_VARIANCE).log()
+        logvar = (wide(self.variance(h)).exp() + LEAST_VARIANCE).log()
         names = {f"hidden_{i}": values for i, values in enumerate(hidden)}
-        return Posterior(self.mu(h), logvar, names)
+        return Posterior(wide(self.mu(h)), logvar, names)
 
 
 class CoreVAE(nn.Module):
@@ -133,4 +138,4 @@ class CoreVAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """What the experts' decoders get, (N, W)."""
-        return self.decoder(z)[0]
+        return self.decoder(z.to(next(self.decoder.parameters()).dtype))[0]

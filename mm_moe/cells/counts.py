@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,32 +77,49 @@ class SparseRows:
 
 @dataclass(frozen=True)
 class GeneRows:
-    """Cells of one species where its expert is.
+    """Cells of one species where its expert is; matrices are made when they are asked for.
 
     Attributes:
-        counts: (N, G).
-        profile: log-normalised (N, G).
+        rows: their entries.
+        num_genes: G.
     """
 
-    counts: Tensor
-    profile: Tensor
+    rows: SparseRows
+    num_genes: int
 
-    @classmethod
-    def of(cls, rows: SparseRows, *, num_genes: int) -> GeneRows:
-        """Write the entries into a matrix."""
-        count = len(rows.length_R)
-        start = torch.arange(count, device=rows.col.device) * num_genes
-        start = torch.repeat_interleave(start, rows.length_R, output_size=len(rows.col))
-        counts = rows.val.new_zeros(count * num_genes).index_copy(0, start + rows.col, rows.val)
-        counts = counts.view(count, num_genes)
-        return cls(counts, log_normalise(counts, rows.total_R))
+    def __len__(self) -> int:
+        return len(self.rows.length_R)
 
+    @cached_property
+    def row_T(self) -> Tensor:
+        """The cell of each entry."""
+        number = torch.arange(len(self), device=self.rows.col.device)
+        return number.repeat_interleave(self.rows.length_R, output_size=len(self.rows.col))
 
-def log_normalise(counts: Tensor, total_N: Tensor | None = None) -> Tensor:
-    """log(1 + 1e4 x / sum of the cell), (N, G); a cell without a count stays zero."""
-    total_N = counts.sum(-1) if total_N is None else total_N
-    scale_N = TARGET_SUM / torch.where(total_N > 0, total_N, 1.0)
-    return torch.log1p(counts * scale_N.unsqueeze(-1))
+    @cached_property
+    def place_T(self) -> Tensor:
+        """The place of each entry in the matrix, read row by row."""
+        return self.row_T * self.num_genes + self.rows.col
+
+    @cached_property
+    def sum_N(self) -> Tensor:
+        """Counts of each cell in these genes."""
+        return self.rows.val.new_zeros(len(self)).index_add(0, self.row_T, self.rows.val)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """(N, G)."""
+        return self._matrix(self.rows.val)
+
+    @cached_property
+    def profile(self) -> Tensor:
+        """Log-normalised (N, G): log(1 + 1e4 x / sum of the cell); an empty cell stays zero."""
+        scale_N = TARGET_SUM / torch.where(self.rows.total_R > 0, self.rows.total_R, 1.0)
+        return self._matrix(torch.log1p(self.rows.val * scale_N[self.row_T]))
+
+    def _matrix(self, val: Tensor) -> Tensor:
+        flat = val.new_zeros(len(self) * self.num_genes)
+        return flat.index_copy_(0, self.place_T, val).view(len(self), self.num_genes)
 
 
 def check_payload(payload: Payload, *, species: str, num_genes: int, count: int) -> None:

@@ -15,11 +15,12 @@ from transformers import PreTrainedConfig
 
 from mm_moe.cells.conditions import Conditioner
 from mm_moe.cells.configuration import FROM_DATA, CellVAEConfig
-from mm_moe.cells.core import CoreVAE, Posterior
-from mm_moe.cells.counts import GeneRows, Payload, log_normalise
+from mm_moe.cells.core import CoreVAE, Posterior, wide
+from mm_moe.cells.counts import Payload
 from mm_moe.cells.output import CellOutput
-from mm_moe.cells.passes import Cells, Passes
-from mm_moe.cells.species import SpeciesExpert, wide
+from mm_moe.cells.passes import Passes
+from mm_moe.cells.species import SpeciesExpert
+from mm_moe.data.cells.rows import log_normalise
 from mm_moe.data.schema import DataSource
 from mm_moe.data.unlabelled import Unlabelled
 from mm_moe.errors import ConfigError
@@ -241,6 +242,3 @@ class CellVAE(OwnModel):
                 f"unknown species {species!r}; {nearest(species, list(self.modalities))}"
             )
         return species
-
-
-__all__ = ["CellVAE", "Cells", "GeneRows"]

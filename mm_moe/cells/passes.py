@@ -20,9 +20,9 @@ from torch import Tensor
 
 from mm_moe.cells.conditions import Conditioner
 from mm_moe.cells.configuration import CellVAEConfig
-from mm_moe.cells.core import CoreVAE, Posterior
+from mm_moe.cells.core import CoreVAE, Posterior, wide
 from mm_moe.cells.counts import GeneRows, Payload, SparseRows, check_payload
-from mm_moe.cells.species import Generated, SpeciesExpert, wide
+from mm_moe.cells.species import Generated, SpeciesExpert
 from mm_moe.errors import DataError
 from mm_moe.moe.placed import PlacedExperts, Plan
 
@@ -117,7 +117,7 @@ class Passes:
         plan = self.species.placement.plan(counts_S)
         arrived = SparseRows.joined(parts).sent(plan).split(plan.counts)
         genes = [
-            GeneRows.of(part, num_genes=expert.num_genes)
+            GeneRows(part, expert.num_genes)
             for part, expert in zip(arrived, self.experts, strict=True)
         ]
         species_N = torch.arange(len(rows), device=present.device).repeat_interleave(counts_S)
@@ -162,7 +162,7 @@ class Passes:
     def errors(self, generated: list[Generated]) -> list[Tensor]:
         """Reconstruction losses (R,) of the cells of each expert held here."""
         return [
-            expert.loss(said, rows.counts, rows.profile)
+            expert.loss(said, rows)
             for expert, said, rows in zip(self.experts, generated, self.cells.genes, strict=True)
         ]
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mm_moe.cells.core import Block, he_normal, norm_of
-from mm_moe.cells.counts import TARGET_SUM
-from mm_moe.cells.likelihoods import nb_log_prob, squared_error, zinb_log_prob
+from mm_moe.cells.core import Block, he_normal, norm_of, wide
+from mm_moe.cells.counts import TARGET_SUM, GeneRows
+from mm_moe.cells.likelihoods import nb_loss, squared_error, zinb_log_prob
 
 START_OF_LOG_VALUES = -3.0  # softplus(-3) = .05: most genes of a cell are silent
 
@@ -24,14 +25,22 @@ class Generated:
     """What a decoder says of some cells.
 
     Attributes:
-        profile: expected log-normalised values (N, G), what the encoder reads of a real cell.
-        log_share: logarithm of each gene's share of the counts (N, G); None for "mse".
+        values: expected log-normalised values (N, G), for "mse"; else None.
+        log_share: logarithm of each gene's share of the counts (N, G), but for "mse".
         zero_logits: of the zero inflation (N, G); None without it.
     """
 
-    profile: Tensor
+    values: Tensor | None = None
     log_share: Tensor | None = None
     zero_logits: Tensor | None = None
+
+    @cached_property
+    def profile(self) -> Tensor:
+        """Expected log-normalised values (N, G), what the encoder reads of a real cell."""
+        if self.log_share is None:
+            assert self.values is not None
+            return self.values
+        return torch.log1p(TARGET_SUM * self.log_share.exp())
 
 
 class SpeciesExpert(nn.Module):
@@ -96,13 +105,12 @@ class SpeciesExpert(nn.Module):
         if self.likelihood == "mse":
             return Generated(F.softplus(logits))
         log_share = logits.log_softmax(-1)
-        profile = torch.log1p(TARGET_SUM * log_share.exp())
         if self.zero is None or self.zero_bias is None:
-            return Generated(profile, log_share)
+            return Generated(log_share=log_share)
         zero_logits = wide(F.linear(h, self.zero[genes], self.zero_bias[genes]))
-        return Generated(profile, log_share, zero_logits)
+        return Generated(log_share=log_share, zero_logits=zero_logits)
 
-    def loss(self, said: Generated, counts: Tensor, profile: Tensor) -> Tensor:
+    def loss(self, said: Generated, rows: GeneRows) -> Tensor:
         """Reconstruction loss (N,) of each cell: the sum over genes.
 
         The squared error of log-normalised values, or the negative log-likelihood of the counts
@@ -110,19 +118,12 @@ class SpeciesExpert(nn.Module):
 
         Args:
             said: by the decoder.
-            counts: (N, G).
-            profile: the same cells, log-normalised.
+            rows: the cells.
         """
         if said.log_share is None or self.log_theta is None:
-            return squared_error(said.profile, profile)
-        total_N = counts.sum(-1, keepdim=True).clamp(min=1)
-        log_mean = said.log_share + total_N.log()
+            return squared_error(said.profile, rows.profile)
         log_theta = wide(self.log_theta[: self.num_genes])
         if said.zero_logits is None:
-            return -nb_log_prob(counts, log_mean, log_theta).sum(-1)
-        return -zinb_log_prob(counts, log_mean, log_theta, said.zero_logits).sum(-1)
-
-
-def wide(values: Tensor) -> Tensor:
-    """At least float32: sums over tens of thousands of genes in bf16 would be too coarse."""
-    return values if values.dtype == torch.float64 else values.float()
+            return nb_loss(rows, said.log_share, log_theta)
+        log_mean = said.log_share + rows.sum_N.clamp(min=1).log().unsqueeze(1)
+        return -zinb_log_prob(rows.counts, log_mean, log_theta, said.zero_logits).sum(-1)

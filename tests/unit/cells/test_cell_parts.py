@@ -13,9 +13,9 @@ from mm_moe.cells.adversary import Adversaries, reverse_gradient
 from mm_moe.cells.annealing import KLAnnealer, reversal_weight
 from mm_moe.cells.conditions import ConditionBank, Conditioner, Vocabulary
 from mm_moe.cells.core import Posterior
-from mm_moe.cells.counts import GeneRows, SparseRows, log_normalise
+from mm_moe.cells.counts import GeneRows, SparseRows
 from mm_moe.cells.critic import OutputCritic, critic_loss, fooling_loss, roc_auc
-from mm_moe.cells.likelihoods import nb_log_prob, squared_error, zinb_log_prob
+from mm_moe.cells.likelihoods import nb_log_prob, nb_loss, squared_error, zinb_log_prob
 from mm_moe.errors import ConfigError
 from tests.unit.cells.cell_batches import compressed, config
 
@@ -125,7 +125,8 @@ def test_squared_error_sums_over_genes():
 
 
 def test_log_normalisation_sums_to_ten_thousand_and_bears_an_empty_cell():
-    found = log_normalise(tensor([[1.0, 3.0], [0.0, 0.0]], dtype=D))
+    rows = SparseRows.of({"values": tensor([[1.0, 3.0], [0.0, 0.0]])}, dtype=D)
+    found = GeneRows(rows, 2).profile
     assert torch.expm1(found).sum(1).tolist() == [pytest.approx(1e4), 0.0]
 
 
@@ -136,8 +137,25 @@ def test_compressed_rows_are_the_matrix():
         assert rows.length_R.tolist() == [2, 0, 1]
         assert rows.total_R.tolist() == [3, 0, 5]
         first, last = rows.split([1, 2])
-        assert torch.equal(GeneRows.of(first, num_genes=4).counts, values[:1])
-        assert torch.equal(GeneRows.of(last, num_genes=4).counts, values[1:])
+        assert torch.equal(GeneRows(first, 4).counts, values[:1])
+        assert torch.equal(GeneRows(last, 4).counts, values[1:])
+
+
+def test_sparse_nb_loss_is_the_dense_one_forward_and_backward():
+    values = tensor([[0, 2, 0, 9], [0, 0, 0, 0], [5, 0, 1, 0]], dtype=D)
+    rows = GeneRows(SparseRows.of({"values": values}, dtype=D), 4)
+    torch.manual_seed(0)
+    logits = torch.randn(3, 4, dtype=D, requires_grad=True)
+    log_theta = torch.randn(4, dtype=D, requires_grad=True)
+    log_mean = logits.log_softmax(-1) + values.sum(1, keepdim=True).clamp(min=1).log()
+    dense = -nb_log_prob(values, log_mean, log_theta).sum(1)
+    found = nb_loss(rows, logits.log_softmax(-1), log_theta)
+    assert torch.allclose(found, dense, atol=1e-12)
+    weights = tensor([1.0, 2.0, 3.0], dtype=D)
+    expected = torch.autograd.grad(dense @ weights, (logits, log_theta))
+    own = torch.autograd.grad(found @ weights, (logits, log_theta))
+    for mine, theirs in zip(own, expected, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-12)
 
 
 def test_vocabulary_of_own_labels_keeps_species_apart():
