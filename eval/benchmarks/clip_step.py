@@ -279,7 +279,7 @@ def main() -> None:
         found = work(args, args.folder)
         (args.folder / "found.json").write_text(json.dumps(found))
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     for ds_config, case in itertools.product(args.ds_configs, args.cases):
         rows.append(run_case(args, case, ds_config))
         row = rows[-1]
@@ -289,10 +289,19 @@ def main() -> None:
             f"({row['ratio_min']:.3f} to {row['ratio_max']:.3f})",
             flush=True,
         )
+        result = result_of(args, rows)
+        if not args.quick:  # after each case: a full run takes long
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / f"{args.output}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({k: result[k] for k in ("benchmark", "figures", "machine", "commit")}))
+
+
+def result_of(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is stored of the cases so far."""
     names = {"loop": "samples_per_second_vs_open_clip", "step": "step_alone_vs_open_clip"}
     names["loop, 77 tokens"] = "equal_work_vs_open_clip"
     setting = ("model", "batch", "steps", "rounds", "threads", "bf16")
-    result = {
+    return {
         "benchmark": "clip_step",
         "figures": {f"{names[row['case']]}_{row['ds_config']}": row["ratio"] for row in rows},
         "command": "python -m eval.benchmarks.clip_step " + " ".join(sys.argv[1:]),
@@ -300,10 +309,6 @@ def main() -> None:
         "rows": rows,
         **describe_machine(),
     }
-    if not args.quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{args.output}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({k: result[k] for k in ("benchmark", "figures", "machine", "commit")}))
 
 
 if __name__ == "__main__":

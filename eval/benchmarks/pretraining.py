@@ -19,6 +19,7 @@ JSON object.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -97,7 +98,7 @@ def train(model: str, seed: int, options: argparse.Namespace) -> dict[str, Any] 
 
 def read(folder: Path, data_dir: Path) -> dict[str, Any]:
     """The loss by step, held-out recall by step, the final scores and the speed of a run."""
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    entries = entries_of(folder)
     recall = "eval_openclipart_emoji_text_retrieval_recall@5"
     document = json.loads((folder / "zero_shot-validation.json").read_text())
     scores = {k: v for row in document["rows"] for k, v in row["metrics"].items()}
@@ -111,6 +112,11 @@ def read(folder: Path, data_dir: Path) -> dict[str, Any]:
         "scores": scores,
         "chance": {k: v for row in document["rows"] for k, v in row["chance"].items()},
     }
+
+
+def entries_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def held_out_loss(folder: Path, data_dir: Path) -> float:
@@ -172,6 +178,26 @@ def steps_to_reach(base: list[list[float]], other: list[list[float]]) -> dict[st
     return {**found, "base_loss": float(target), "loss": float(values[-1])}
 
 
+def gap_at_same_step(base: list[list[float]], other: list[list[float]]) -> dict[str, float]:
+    """Smoothed loss of `other` less that of `base` at the last step that both have logged."""
+    first, second = (dict(zip(*smoothed(curve), strict=True)) for curve in (base, other))
+    step = max(first.keys() & second.keys())
+    return {"step": int(step), "gap": float(second[step] - first[step])}
+
+
+def unfinished(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """What there is of the curves of runs that have not ended yet."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for model, seed in itertools.product(MODELS, options.seeds):
+        folder = folder_of(options.output, model, seed)
+        if (folder / "report.html").is_file() or not (folder / "metrics.jsonl").is_file():
+            continue
+        loss = [[e["step"], e[LOSS]] for e in entries_of(folder) if LOSS in e]
+        if len(loss) >= SMOOTH:
+            found.setdefault(model, []).append({"seed": seed, "loss": loss})
+    return found
+
+
 def curves_of(run: dict[str, Any]) -> dict[str, Any]:
     """What of a run is drawn."""
     return {key: run[key] for key in ("loss", "recall@5")}
@@ -201,8 +227,10 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.close(figure)
 
 
-def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Tables over the seeds."""
+def summary(
+    found: dict[str, list[dict[str, Any]]], begun: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """Tables over the seeds; of runs that have only `begun`, the loss at the same step."""
     table = {
         model: {
             **{k: spread([run["scores"][k] for run in runs]) for k in runs[0]["scores"]},
@@ -221,7 +249,15 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         for base, other in PAIRS
         if base in found and other in found
     }
-    return {"table": table, "steps_to_dense_loss": reached}
+    gaps = {
+        f"{other} against {base}": [
+            {"seed": a["seed"], **gap_at_same_step(a["loss"], b["loss"])}
+            for a, b in same_seed(found[base], found.get(other, []) + begun.get(other, []))
+        ]
+        for base, other in PAIRS
+        if base in found
+    }
+    return {"table": table, "steps_to_dense_loss": reached, "gap_at_same_step": gaps}
 
 
 def same_seed(
@@ -249,14 +285,16 @@ def main() -> None:
             if run := train(model, seed, options):
                 runs.append(run)
     found = {model: runs for model, runs in found.items() if runs}
-    result = {
+    begun = unfinished(options)
+    result: dict[str, Any] = {
         "benchmark": "pretraining",
         "figures": {},
         "seeds": seeds,
         "command": "python -m eval.benchmarks.pretraining --data_dir DATA --seeds "
         + " ".join(map(str, seeds)),
         "chance": found["dense"][0]["chance"],
-        **summary(found),
+        **summary(found, begun),
+        "unfinished": begun,
         "curves": {model: [curves_of(run) for run in runs] for model, runs in found.items()},
         **describe_machine(),
     }
@@ -267,6 +305,10 @@ def main() -> None:
         if shares:
             mean = statistics.fmean(shares)
             result["figures"][f"{key}_share_of_steps_to_dense_loss"] = mean
+    for name, rows in result["gap_at_same_step"].items():
+        if rows:
+            gap = statistics.fmean(row["gap"] for row in rows)
+            result["figures"][f"{name.split()[0]}_loss_less_dense_at_same_step"] = gap
     for model, cells in result["table"].items():
         shown = "  ".join(
             f"{k} {c['mean']:.3f} +- {c['std']:.3f}"

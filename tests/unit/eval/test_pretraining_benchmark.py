@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.benchmarks.pretraining import same_seed, steps_to_reach
+from eval.benchmarks.pretraining import gap_at_same_step, same_seed, steps_to_reach
 
 
 def curve(*values: float) -> list[list[float]]:
@@ -26,6 +26,11 @@ def test_a_loss_that_is_never_reached_has_no_step():
     found = steps_to_reach(curve(*[1.0] * 5), curve(*[2.0] * 5))
     assert found["steps"] is None
     assert found["share"] is None
+
+
+def test_the_gap_is_that_of_the_last_step_of_both():
+    found = gap_at_same_step(curve(*[3.0] * 9), curve(2.0, 2.0, 2.0, 2.0, 2.0, 7.0))
+    assert found == {"step": 60, "gap": pytest.approx(0.0)}  # the mean of four 2 and a 7 is 3
 
 
 def test_runs_are_compared_by_their_seed():
