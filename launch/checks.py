@@ -28,6 +28,7 @@ DEFAULT_DEEPSPEED = "ds_configs/zero2.json"
 AUTO = "auto"  # --resume_from_checkpoint: go on if there is something, else start
 OURS = ".mm_moe-"  # a lock, or a probe of whether a folder can be written to
 WRITTEN_BY_THE_LIBRARY = ("transformers_version", "_name_or_path", "architectures", "dtype")
+MOST_WORDS = 300  # of one setting in a message
 ROWS_READ = 100_000  # of each split, before training; about 0.1 ms a row
 
 
@@ -265,7 +266,7 @@ def check_same_model(resume: Path, config: dict[str, Any]) -> None:
     stored = json.loads((resume / "config.json").read_text())
     saved, ours = _settings_of(stored), _settings_of(config)
     differing = [
-        f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}"
+        f"{key} was {_shown(saved.get(key))}, is {_shown(ours.get(key))}"
         for key in {**saved, **ours}
         if saved.get(key) != ours.get(key)
     ]
@@ -274,6 +275,12 @@ def check_same_model(resume: Path, config: dict[str, Any]) -> None:
             f"{str(resume)!r} belongs to another model: {'; '.join(differing)}. "
             "Resume with the settings of that run."
         )
+
+
+def _shown(value: Any) -> str:
+    """A setting in words; a list of thousands of genes by its beginning."""
+    words = repr(value)
+    return words if len(words) <= MOST_WORDS else f"{words[:MOST_WORDS]}..."
 
 
 def _settings_of(fields: dict[str, Any]) -> dict[str, Any]:

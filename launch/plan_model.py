@@ -13,10 +13,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from launch.assemble import dense_model
 from launch.cli import Settings
 from launch.model_config import model_config
+from launch.own_models import own_model
 from mm_moe.backbones import blip2
 from mm_moe.backbones.library import first_line, json_fields
 from mm_moe.data.schema import DataSource
-from mm_moe.errors import CheckpointError
+from mm_moe.errors import CheckpointError, ConfigError
 from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.models.modeling import MultimodalMoEModel
 from mm_moe.moe.layer import moe_layers
@@ -30,7 +31,14 @@ def weightless_config(settings: Settings, source: DataSource) -> MultimodalMoECo
 
     Raises:
         CheckpointError: no readable configuration under the name of the weights.
+        ConfigError: a model without a backbone.
     """
+    if own_model(settings.run.objective) is not None:
+        raise ConfigError(
+            f"the planner counts models with a backbone, and --objective {settings.run.objective} "
+            "trains one of its own kind; a run of a few steps (--max_steps 3 --logging_steps 1) "
+            "logs perf/memory_gb and perf/step_time_s."
+        )
     config = model_config(settings, source, prompt=settings.prompt.prompt)
     name = settings.model.pretrained
     if not name or name == "builtin" or Path(name).is_file():
