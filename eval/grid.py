@@ -73,6 +73,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--resamples", type=int, default=1000, help="of the paired bootstrap (default: 1000)")
     add("--jobs", type=int, default=1, help="cells at a time (default: 1)")
     add("--launcher", default="", help='words before the training, such as "torchrun ..."')
+    add("--fork", action="store_true", help="import the libraries once for all cells")
     add("--drop_models", action="store_true", help="delete a model once it is scored")
     add("--dry_run", action="store_true", help="check everything and list the cells")
     options, shared = parser.parse_known_args(argv)
@@ -176,6 +177,7 @@ class Grid:
             keep_models=not options.drop_models,
             use_cpu=any(settings.get("use_cpu") for settings in self.methods.values()),
             say=lambda line: print(line, flush=True),
+            fork=options.fork,
         )
         digest_of = {
             cell: cell.digest(self.digests[cell.method.name], test_seed=options.test_seed)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from eval.grid_fork import ForkedProgram
 from eval.grid_plan import Cell
 from mm_moe.errors import ConfigError, MMMoEError
 
@@ -46,6 +47,7 @@ class Runner:
         keep_models: whether the weights stay once they are scored.
         use_cpu: score on the CPU even where there is a GPU.
         say: what is told about each cell.
+        fork: start programs from a process that has imported the libraries.
     """
 
     folder: Path
@@ -57,7 +59,8 @@ class Runner:
     keep_models: bool
     use_cpu: bool
     say: Callable[[str], None]
-    _running: set[subprocess.Popen] = field(default_factory=set)
+    fork: bool = False
+    _running: set[subprocess.Popen | ForkedProgram] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopped: bool = False
 
@@ -142,7 +145,11 @@ class Runner:
             with self._lock:
                 if self._stopped:
                     return False
-                process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+                process: subprocess.Popen | ForkedProgram
+                if self.fork and words[0] == sys.executable:
+                    process = ForkedProgram(words[1], words[2:], log=file)
+                else:
+                    process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
                 self._running.add(process)
             status = process.wait()
             with self._lock:
