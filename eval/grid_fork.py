@@ -9,10 +9,11 @@ import multiprocessing
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from typing import IO
 
-PRELOAD = ["torch", "torch.distributed", "deepspeed", "launch.run", "launch.evaluate_run"]
+PRELOAD = ("torch", "torch.distributed", "deepspeed", "launch.run", "launch.evaluate_run")
 
 
 class ForkedProgram:
@@ -22,11 +23,19 @@ class ForkedProgram:
         script: path of the program.
         arguments: its words.
         log: open file that takes its output.
+        preload: modules that the first program of all waits for, and no further one.
     """
 
-    def __init__(self, script: str, arguments: list[str], *, log: IO[str]) -> None:
+    def __init__(
+        self,
+        script: str,
+        arguments: list[str],
+        *,
+        log: IO[str],
+        preload: Sequence[str] = PRELOAD,
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context.set_forkserver_preload([*preload])
         self._process: BaseProcess = context.Process(
             target=_run, args=(script, arguments, log.name)
         )

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from torch.utils.data import IterableDataset
@@ -27,7 +28,9 @@ from mm_moe.arguments import ModelArguments, parse_json
 from mm_moe.batch import base_modality
 from mm_moe.data.augment import Augment, Variation
 from mm_moe.data.collate import Collator
+from mm_moe.data.complete_rows import CompleteRows
 from mm_moe.data.missing import MissingProtocol
+from mm_moe.data.modality_dropout import ModalityDropout
 from mm_moe.data.schema import DataSource
 from mm_moe.data.streaming import SampleStream
 from mm_moe.data.table import MissingTable
@@ -123,12 +126,28 @@ class Run:
         )
         return self.scorer.tables.get(data.train_split, protocol)
 
+    @cached_property
+    def train_source(self) -> DataSource:
+        """What training reads its rows from: the data, or their complete rows.
+
+        Raises:
+            DataError: only these are wanted, and there are none.
+        """
+        data = self.settings.data
+        if not data.drop_incomplete:
+            return self.source
+        return CompleteRows(self.source, split=data.train_split, missing=self.train_missing)
+
     def train_collator(self) -> Collator:
         """The collator of the training split; bad samples are counted over the ranks elsewhere."""
         interactions = training_interactions(self.settings.data)
         collator = self.scorer.collator(self.train_missing, interactions=interactions)
         collator.max_bad_samples = None
         collator.variation = self.train_variation()
+        if rate := self.settings.data.modality_dropout:
+            collator.dropout = ModalityDropout(
+                rate=rate, dataset=self.source.name, seed=self.data_seed
+            )
         return collator
 
     def find_supports(self) -> None:
@@ -171,7 +190,7 @@ class Run:
             found=self.trainer.data_collator.bad,
             max_samples=data.max_bad_samples,
             max_share=data.max_bad_share,
-            size=self.source.size(data.train_split),
+            size=self.train_source.size(data.train_split),
             samples_seen=lambda: self.trainer.samples_seen,
         )
 
@@ -193,7 +212,7 @@ class Run:
         """The endless training stream of this rank, from a global sample position."""
         training = self.settings.training
         return SampleStream(
-            self.source,
+            self.train_source,
             split=self.settings.data.train_split,
             batch_size=training.per_device_train_batch_size,
             rank=training.process_index,
@@ -214,7 +233,7 @@ class Run:
         if not wanted:
             return
         stream = SampleStream(
-            self.source,
+            self.train_source,
             split=self.settings.data.train_split,
             batch_size=1,
             seed=self.data_seed,

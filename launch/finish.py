@@ -131,6 +131,7 @@ def run_record(run: Run, folder: Path, argv: list[str]) -> dict[str, Any]:
             "task": run.source.task or run.source.problem_type,
             "sizes": {split: run.source.size(split) for split in run.source.splits()},
             "left_out": dict(run.source.left_out),
+            "trained_on": run.train_source.size(run.settings.data.train_split),
         },
         "missing": missing_record(run),
         "model_sha256": hashlib.sha256(config.encode()).hexdigest(),

@@ -98,6 +98,18 @@ class DataArguments:
         },
     )
     missing_seed: int = field(default=0, metadata={"help": "Seed of the missing mask."})
+    modality_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Chance that training takes a modality from a sample, anew in every epoch."
+        },
+    )
+    drop_incomplete: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on the rows that have every modality, by nature and by the mask alike."
+        },
+    )
     interaction_table: str | None = field(
         default=None,
         metadata={

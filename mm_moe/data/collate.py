@@ -19,6 +19,7 @@ from mm_moe.batch import IGNORED_LABEL, IMAGE, TEXT, Batch, PackedArray, Sample,
 from mm_moe.data.augment import Variation
 from mm_moe.data.captions import Captions
 from mm_moe.data.decode import UndecodableImageError, decode_image
+from mm_moe.data.modality_dropout import ModalityDropout
 from mm_moe.data.retrying import Remote
 from mm_moe.data.schema import (
     MULTI_LABEL,
@@ -85,6 +86,7 @@ class Collator:
         variation: of captions and pictures in training; None: the first caption, unchanged
             pictures.
         supports: gives the key "supports", or None.
+        dropout: takes further modalities in training, or None.
 
     Attributes:
         bad: id -> reason, of such samples that *this process* met or was told of, in order. In a
@@ -109,6 +111,7 @@ class Collator:
         remote: Remote | None = None,
         variation: Variation | None = None,
         supports: Support | None = None,
+        dropout: ModalityDropout | None = None,
     ) -> None:
         lacking = [name for name in modalities if name not in processors]
         if lacking:
@@ -119,6 +122,7 @@ class Collator:
         self.missing, self.max_bad_samples = missing, max_bad_samples
         self.interactions, self.supports = interactions, supports
         self.remote, self.variation = remote or Remote(), variation
+        self.dropout = dropout
         self.vectors = frozenset(vectors)
         self.bad: dict[str, str] = {}
         self._fresh: dict[str, str] = {}
@@ -148,6 +152,8 @@ class Collator:
         """
         ids = [sample.id for sample in samples]
         present_BM = presence(samples, modalities=self.modalities, missing=self.missing)
+        if self.dropout is not None:
+            present_BM = self.dropout(samples, present_BM)
         inputs = {}
         for m, name in enumerate(self.modalities):
             values = [
