@@ -77,3 +77,13 @@ def calls(rank, world_size, stage):
 def test_only_one_process_leaves_them_out(stage):
     assert run_distributed(calls, 1, stage) == [0]
     assert all(count > 0 for count in run_distributed(calls, 2, stage))
+
+
+def test_a_norm_that_is_not_finite_is_minus_1_as_deepspeed_has_it():
+    from mm_moe.training.alone import _norm
+
+    padding = torch.full((2,), 9.0)
+    padding._zero_padding = True
+    assert float(_norm([torch.tensor([3.0]), torch.tensor([4.0]), padding], None)) == 5.0
+    assert float(_norm([torch.tensor([3.0, torch.nan])], None)) == -1.0
+    assert float(_norm([torch.tensor([torch.inf])], None)) == -1.0
