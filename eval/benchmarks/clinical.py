@@ -4,12 +4,12 @@ r"""Fills of missing clinical modalities in one harness: TCGA-LUAD by fold, Phys
     python -m eval.benchmarks.clinical --data physionet2012 --data_dir DIR --output FOLDER
 
 Every method has the same towers, fusion width, steps and masks, those of the data set's recipe in
-`finetune/recipes/`, and is trained by `launch/train.py` with natural gaps and imposed ones. The
-first fold (or seed) is trained with two learning rates per method, of which the mean AUROC of the
-*validation* split over the test patterns takes one; the other folds are trained with that alone.
-The same command goes on where it stopped. Differences between methods are paired: the same patients
-lack the same things; their intervals are a bootstrap over the patients of all folds.
-The last line is one JSON object.
+`finetune/recipes/`, and is trained by `launch/train.py` with natural gaps and imposed ones. Where a
+data set has two learning rates, the first fold is trained with both, the mean AUROC of its
+*validation* split over the test patterns takes one for each method, and the other folds are trained
+with that alone. The same command goes on where it stopped; a fold that is finished is not looked at
+again. Differences between methods are paired (the same patients lack the same things); their
+intervals are a bootstrap over the patients of all folds. The last line is one JSON object.
 
 Axes: N patients of a test split, V distinct scores of them, R resamples.
 """
@@ -87,7 +87,7 @@ def grid_words(
             flags = shlex.join([*own, "--learning_rate", rate])
             words += ["--variant", f"{name}-{rate}={flags}"]
     words += ["--train", TRAIN, "--test", *TESTS, "--seeds", str(seed)]
-    return [*words, "--output", str(folder / f"{data}-{number}")]
+    return [*words, "--output", str(grid_folder(data, number, folder))]
 
 
 def best_rates(result: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -108,28 +108,34 @@ def chosen_of(validated: dict[str, dict[str, float]]) -> dict[str, str]:
     return {method: max(scores, key=lambda r: scores[r]) for method, scores in validated.items()}
 
 
-def run_all(data: str, *, data_dir: str, folder: Path) -> dict[str, dict[str, float]]:
+def run_all(data: str, count: int, *, data_dir: str, folder: Path) -> dict[str, dict[str, float]]:
     """Run what is not finished of every fold or seed; the learning rates' validation scores."""
     rates: dict[str, tuple[str, ...]] = dict.fromkeys(methods_of(data), SETS[data]["rates"])
     validated: dict[str, dict[str, float]] = {}
-    for number in range(len(SETS[data]["runs"])):
+    for number in range(count):
         words = grid_words(data, number, rates, data_dir=data_dir, folder=folder)
-        subprocess.run([sys.executable, "-m", "eval.grid", *words], check=True)
+        if not (grid_folder(data, number, folder) / "results.json").is_file():
+            subprocess.run([sys.executable, "-m", "eval.grid", *words], check=True)
         if not number:
             validated = best_rates(read(data, number, folder))
             rates = {method: (rate,) for method, rate in chosen_of(validated).items()}
     return validated
 
 
+def grid_folder(data: str, number: int, folder: Path) -> Path:
+    """Where the grid of one fold or seed is."""
+    return folder / f"{data}-{number}"
+
+
 def read(data: str, number: int, folder: Path) -> dict[str, Any]:
     """What the grid of one fold or seed wrote."""
-    return json.loads((folder / f"{data}-{number}" / "results.json").read_text())
+    return json.loads((grid_folder(data, number, folder) / "results.json").read_text())
 
 
-def table_of(data: str, rates: dict[str, str], folder: Path) -> list[dict[str, Any]]:
+def table_of(data: str, rates: dict[str, str], folder: Path, *, count: int) -> list[dict[str, Any]]:
     """Test scores by method, pattern and metric over the folds or seeds, chance beside."""
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for number in range(len(SETS[data]["runs"])):
+    for number in range(count):
         for row in read(data, number, folder)["table"]:
             method, rate = row["method"].split("-", 1)
             if row["split"] == "test" and rates[method] == rate and row["metric"] in METRICS:
@@ -160,24 +166,26 @@ def auroc_of(labels_N: np.ndarray, score_N: np.ndarray, weight_RN: np.ndarray) -
     return np.where(pairs_R > 0, (one_RV * below_RV).sum(1) / np.maximum(pairs_R, 1), 0.5)
 
 
-def resampled_runs(data: str, rates: dict[str, str], folder: Path) -> dict[str, np.ndarray]:
+def resampled_runs(
+    data: str, rates: dict[str, str], folder: Path, *, count: int
+) -> dict[str, np.ndarray]:
     """Method -> AUROC (runs, tests, 1 + R): on all patients, then on R resamples of them.
 
     Methods have the same resamples. Seeds that share a test split share its resamples, too, so
     that an interval is about patients; folds have their own.
     """
     found: dict[str, list[np.ndarray]] = {method: [] for method in rates}
-    for number, (options, seed) in enumerate(SETS[data]["runs"]):
+    for number, (options, seed) in enumerate(SETS[data]["runs"][:count]):
         weight_RN: np.ndarray | None = None
         for method, rate in rates.items():
             cell = f"{method}-{rate}__{TRAIN.replace(':', '-')}__seed-{seed}"
-            run = folder / f"{data}-{number}" / "cells" / cell / "run"
+            run = grid_folder(data, number, folder) / "cells" / cell / "run"
             file = PredictionFile.load(run / "predictions-test.npz")
             if weight_RN is None:
                 generator = np.random.default_rng(options.get("fold", 0))
-                count = len(file.ids)
-                drawn = generator.multinomial(count, np.full(count, 1 / count), RESAMPLES)
-                weight_RN = np.concatenate([np.ones((1, count), int), drawn])
+                size = len(file.ids)
+                drawn = generator.multinomial(size, np.full(size, 1 / size), RESAMPLES)
+                weight_RN = np.concatenate([np.ones((1, size), int), drawn])
             margins = {test: np.diff(file.logits[test], axis=1)[:, 0] for test in TESTS}
             values = [auroc_of(file.labels[test], margins[test], weight_RN) for test in TESTS]
             found[method].append(np.array(values))
@@ -238,19 +246,21 @@ def main() -> None:
     parser.add_argument("--data", required=True, choices=list(SETS))
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder of the trainings")
+    parser.add_argument("--runs", type=int, default=5, help="first so many folds or seeds")
     options = parser.parse_args()
-    data, folder = options.data, options.output
-    validated = run_all(data, data_dir=options.data_dir, folder=folder)
+    data, folder, count = options.data, options.output, options.runs
+    validated = run_all(data, count, data_dir=options.data_dir, folder=folder)
     rates = chosen_of(validated)
-    table = table_of(data, rates, folder)
-    pairs = pairs_of(resampled_runs(data, rates, folder))
+    table = table_of(data, rates, folder, count=count)
+    pairs = pairs_of(resampled_runs(data, rates, folder, count=count))
     show(table, pairs)
-    grids = [read(data, number, folder) for number in range(len(SETS[data]["runs"]))]
+    grids = [read(data, number, folder) for number in range(count)]
     result = {
         "benchmark": f"clinical_{data}",
-        "command": f"python -m eval.benchmarks.clinical --data {data} --data_dir DIR --output DIR",
+        "command": f"python -m eval.benchmarks.clinical --data {data} --data_dir DIR --output DIR"
+        + (f" --runs {count}" if count < len(SETS[data]["runs"]) else ""),
         "figures": figures_of(table, pairs),
-        "runs": [{**chosen, "seed": seed} for chosen, seed in SETS[data]["runs"]],
+        "runs": [{**chosen, "seed": seed} for chosen, seed in SETS[data]["runs"][:count]],
         "rows": [grid["data"]["splits"] for grid in grids],
         "trained_on": f"natural gaps + {TRAIN} imposed, for every method",
         "words": grids[0]["words"],

@@ -61,9 +61,9 @@ def test_runs_are_merged_and_methods_are_paired_by_patient(tmp_path, monkeypatch
             found = dict.fromkeys(clinical.TESTS, labels)
             PredictionFile(ids, ids, found, logits).save(run / "predictions-test.npz")
         (folder / "results.json").write_text(json.dumps({"table": table}))
-    [merged] = clinical.table_of("toy", rates, tmp_path)
+    [merged] = clinical.table_of("toy", rates, tmp_path, count=2)
     assert (merged["test"], merged["mean"]) == ("natural", pytest.approx(0.501))
-    pairs = clinical.pairs_of(clinical.resampled_runs("toy", rates, tmp_path))
+    pairs = clinical.pairs_of(clinical.resampled_runs("toy", rates, tmp_path, count=2))
     found = {(p["method"], p["other"], p["test"]): p["difference"] for p in pairs}
     assert found["retriever", "zero", "natural"] == 1.0
     assert found["similar_retriever", "retriever", clinical.MISSING] == 0.0
