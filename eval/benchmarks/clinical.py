@@ -34,7 +34,7 @@ from eval.resamples import interval_of, over_seeds
 
 METRIC, METRICS = "auroc", ("auroc", "auprc", "macro_f1", "brier", "ece")
 RETRIEVERS = ("similar_retriever", "retriever")
-RESAMPLES = 2000
+RESAMPLES = 1000
 TRAIN = "subset:0.5"
 TESTS = ("complete", "subset:0.3", "subset:0.5", "subset:0.7")
 MISSING = "mean of the imposed"
@@ -156,7 +156,7 @@ def auroc_of(labels_N: np.ndarray, score_N: np.ndarray, weight_RN: np.ndarray) -
     """
     order_N = np.argsort(score_N, kind="stable")
     starts = np.flatnonzero(np.diff(score_N[order_N], prepend=-np.inf))
-    weight_RN = weight_RN[:, order_N].astype(float)
+    weight_RN = weight_RN[:, order_N].astype(np.float32)
     died_N = labels_N[order_N] == 1
     one_RV, zero_RV = (
         np.add.reduceat(weight_RN * kind_N, starts, axis=1) for kind_N in (died_N, ~died_N)
