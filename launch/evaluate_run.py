@@ -165,7 +165,7 @@ def stored_tables(
 
 def training_supports(saved: dict[str, Any], source: DataSource, run: Path) -> Supports | None:
     """The training rows that a fill asks for, as the run drew them; None without such a fill."""
-    split, seed = saved["train_split"], saved.get("data_seed")
+    split = saved["train_split"]
     table = None
     if saved.get("fill"):
         table = read_tables(saved.get("missing_table") or [], source=source, only=[split]).get(
@@ -184,9 +184,15 @@ def training_supports(saved: dict[str, Any], source: DataSource, run: Path) -> S
         source,
         split=split,
         missing=table or protocol,
-        seed=saved["seed"] if seed is None else seed,
+        seed=draw_seed(saved),
         folder=run,
     )
+
+
+def draw_seed(saved: dict[str, Any]) -> int:
+    """The seed of a run's draws; `TrainingArguments` writes down what is None as a text."""
+    seed = saved.get("data_seed")
+    return saved["seed"] if seed in (None, "None") else seed
 
 
 def score_zero_shot(scorer: Scorer, saved: dict[str, Any], options: argparse.Namespace) -> None:

@@ -104,7 +104,7 @@ class ClinicalSettings:
         least = {"num_tokens": 1, "token_width": 1, "num_heads": 1, "num_blocks": 0}
         for name, least_value in {**least, "block_hidden": 0}.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least_value:
+            if isinstance(value, bool) or not isinstance(value, int) or value < least_value:
                 raise ConfigError(
                     f"clinical.{name} ({value!r}) must be a whole number, at least {least_value}."
                 )
@@ -113,8 +113,14 @@ class ClinicalSettings:
                 f"clinical.token_width ({self.token_width}) must be a multiple of num_heads "
                 f"({self.num_heads})."
             )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"clinical.dropout ({self.dropout}) must lie in [0, 1).")
+        known = isinstance(self.dropout, int | float) and not isinstance(self.dropout, bool)
+        if not known or not 0 <= self.dropout < 1:
+            raise ConfigError(f"clinical.dropout ({self.dropout!r}) must lie in [0, 1).")
+        for name in ("towers", "sequences", "arrays"):
+            if not isinstance(getattr(self, name), dict):
+                raise ConfigError(
+                    f"clinical.{name} ({getattr(self, name)!r}) must be an object by modality."
+                )
         for name, options in self.towers.items():
             if not isinstance(options, dict):
                 raise ConfigError(
@@ -154,10 +160,9 @@ class ClinicalSettings:
             ConfigError: an unknown one, or none that fits what is known of the modality.
         """
         kind = self.options(name).get("kind") or _kind(self.raw(name))
-        if kind not in KINDS:
-            raise ConfigError(
-                f"clinical.towers.{name}: unknown kind {kind!r}; {nearest(kind, list(KINDS))}"
-            )
+        if not isinstance(kind, str) or kind not in KINDS:
+            words = nearest(str(kind), list(KINDS))
+            raise ConfigError(f"clinical.towers.{name}: unknown kind {kind!r}; {words}")
         return kind
 
 

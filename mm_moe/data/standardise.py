@@ -119,11 +119,11 @@ def standardised(values_ND: np.ndarray, train_N: np.ndarray) -> np.ndarray:
 
 
 def plain_numbers(cells: Sequence[Any]) -> np.ndarray:
-    """Float64 (N,): cells as numbers, NaN for what is none."""
+    """Float64 (N,): cells as finite numbers, NaN for what is none."""
     found = np.full(len(cells), np.nan)
     for row, cell in enumerate(cells):
         try:
             found[row] = float(cell)
         except (TypeError, ValueError):
             continue
-    return found
+    return np.where(np.isfinite(found), found, np.nan)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -119,8 +120,11 @@ def write_store(
                 f"the supports cannot be written to {folder}: {type(error).__name__}; they take "
                 "about the size of the training split."
             ) from error
-    with reading(str(about)), np.load(about, allow_pickle=False) as file:
-        index = _index([(file["pattern"], file["group"])], source)
+    try:
+        with reading(str(about)), np.load(about, allow_pickle=False) as file:
+            index = _index([(file["pattern"], file["group"])], source)
+    except (BadZipFile, KeyError, EOFError) as error:
+        raise DataError(f"{about} is damaged; delete {folder}, and it is made anew.") from error
     return index, ArrowStore(path)
 
 

@@ -19,7 +19,10 @@ def check_fill_options(fill: str, options: dict[str, Any]) -> None:
     Raises:
         ConfigError: an unknown fill or option; the nearest ones are named.
     """
-    parameters = inspect.signature(FILLS.resolve(fill)).parameters
+    kind = FILLS.resolve(fill)
+    if not (isinstance(kind, type) and issubclass(kind, Fill)):
+        raise ConfigError(f"fill {fill!r} is no subclass of mm_moe.fill.base.Fill; name one.")
+    parameters = inspect.signature(kind).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         check_options(f"fill {fill!r}:", options, [name for name in parameters if name != SHAPE])
 

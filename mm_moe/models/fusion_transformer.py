@@ -70,11 +70,16 @@ class TransformerSettings:
                 raise ConfigError(
                     f"fusion_config.{name} ({value!r}) must be a whole number, at least {least}."
                 )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"fusion_config.dropout ({self.dropout}) must lie in [0, 1).")
+        known = isinstance(self.dropout, int | float) and not isinstance(self.dropout, bool)
+        if not known or not 0 <= self.dropout < 1:
+            raise ConfigError(f"fusion_config.dropout ({self.dropout!r}) must lie in [0, 1).")
         if self.sparse not in SPARSE:
+            words = nearest(str(self.sparse), [*SPARSE])
+            raise ConfigError(f"unknown fusion_config.sparse {self.sparse!r}; {words}")
+        if not isinstance(self.legacy_residual, bool) or not isinstance(self.moe, dict):
             raise ConfigError(
-                f"unknown fusion_config.sparse {self.sparse!r}; {nearest(self.sparse, [*SPARSE])}"
+                f"fusion_config.legacy_residual ({self.legacy_residual!r}) must be true or false, "
+                f"and moe ({self.moe!r}) an object of settings."
             )
         if self.sparse != "none":
             self.moe_settings(())

@@ -174,7 +174,13 @@ class MoESettings:
         for key in values:
             if key not in known:
                 raise ConfigError(f"unknown moe setting {key!r}; {nearest(key, known)}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(
+                f"a moe setting has a value of a wrong type: {' '.join(str(error).split())}; "
+                f"they are {values}."
+            ) from error
 
     def asdict(self) -> dict[str, Any]:
         """A plain dict that `from_dict` reads back."""

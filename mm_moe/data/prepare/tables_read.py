@@ -188,7 +188,7 @@ class EventRows:
         else:
             values_N, self.strange = number_cells(raw[about["value"]])
             labels = np.array(text_cells(raw[about["variable"]]), dtype=object)
-        kept_N = ~np.isnan(values_N) & np.array([label is not None for label in labels])
+        kept_N = ~np.isnan(values_N) & np.array([label is not None for label in labels], bool)
         self.late = _late(path, keys, hours_N, kept_N, limits=limits, cut=cut)
         keys, hours_N, values_N, labels = (a[kept_N] for a in (keys, hours_N, values_N, labels))
         self.variables = tuple(names) if wide else tuple(sorted(set(labels.tolist())))

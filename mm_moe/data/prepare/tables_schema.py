@@ -33,6 +33,8 @@ events can do without it.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,8 @@ ALLOWED = {
     "image": {"time"},
 }
 FORMS = ("volume", "dosages", "table")
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")  # of a modality: parts of a model are called by it
+TAKEN = ("id", "group", "label", "mask_key")  # columns that every prepared data set has
 
 
 def read_schema(source: Path, name: str | None = None) -> tuple[Path, dict[str, Any]]:
@@ -90,16 +94,34 @@ def read_schema(source: Path, name: str | None = None) -> tuple[Path, dict[str, 
     _split(found["split"], f"{path}: split")
     if found.get("late", "refuse") not in ("refuse", "cut"):
         raise DataError(f"{path}: late is {found['late']!r}; take refuse or cut.")
+    _prediction_time(found.get("prediction_time"), f"{path}: prediction_time")
     leaks = found.setdefault("leaks", {})
     if isinstance(leaks, list):
         found["leaks"] = dict.fromkeys(map(str, leaks), "named as a leak")
+    elif not isinstance(leaks, dict):
+        raise DataError(f"{path}: leaks must be a list of columns, or {{column: reason}}.")
     _modalities(found, path)
     return path, found
+
+
+def _prediction_time(about: Any, where: str) -> None:
+    if isinstance(about, dict):
+        _keys(about, where, needed={"column"}, allowed=set())
+        _text(about["column"], f"{where}: column")
+    elif about is not None and not _is_number(about):
+        raise DataError(f"{where} is {about!r}; give a number of hours, or {{column: NAME}}.")
+
+
+def _is_number(value: Any) -> bool:
+    right = isinstance(value, int | float) and not isinstance(value, bool)
+    return right and math.isfinite(value)
 
 
 def _label(about: Any, where: str) -> None:
     _object(about, where)
     _keys(about, where, needed={"file", "column", "kind"}, allowed={"classes", "time"})
+    for key in {"file", "column", "time"} & set(about):
+        _text(about[key], f"{where}: {key}")
     if ("time" in about) != (about["kind"] == "survival"):
         raise DataError(f"{where}: time is needed for survival, and for nothing else.")
     if about["kind"] not in LABEL_KINDS:
@@ -126,12 +148,15 @@ def _split(about: Any, where: str) -> None:
     _keys(about, where, needed=set(), allowed={"column", "shares", "seed"})
     if ("column" in about) == ("shares" in about):
         raise DataError(f"{where} must have one of column and shares.")
+    if not isinstance(about.get("seed", 0), int):
+        raise DataError(f"{where}: seed is {about['seed']!r}; give a whole number.")
     shares = about.get("shares")
     if shares is None:
+        _text(about["column"], f"{where}: column")
         return
     good = isinstance(shares, dict) and set(shares) <= set(SPLITS) and "train" in shares
     values = list(shares.values()) if good else []
-    if not good or not all(isinstance(v, int | float) and v > 0 for v in values):
+    if not good or not all(_is_number(v) and v > 0 for v in values):
         raise DataError(f"{where}: shares must give numbers above 0 to train, validation, test.")
     if abs(sum(values) - 1) > 1e-6:
         raise DataError(f"{where}: shares add up to {sum(values):g}, not 1.")
@@ -143,13 +168,23 @@ def _modalities(found: dict[str, Any], path: Path) -> None:
         raise DataError(f"{path}: modalities is empty; name at least one.")
     for name, about in found["modalities"].items():
         where = f"{path}: modality {name!r}"
+        if not isinstance(name, str) or not NAME.fullmatch(name) or name in TAKEN:
+            raise DataError(
+                f"{where} must have a name of letters, digits and _, none of {', '.join(TAKEN)}."
+            )
         _object(about, where)
         kind = about.get("kind")
-        if kind not in NEEDED:
+        if not isinstance(kind, str) or kind not in NEEDED:
             raise DataError(f"{where}: kind {kind!r}; {nearest(str(kind), list(NEEDED))}")
         needed = NEEDED[kind] | {"file", "kind"}
         _keys(about, where, needed=needed, allowed=ALLOWED.get(kind, set()))
         _check_kind(about, where)
+        for column in _inputs(about):
+            if column in _telling(found, about["file"]):
+                raise DataError(
+                    f"{where} has {column!r} among its inputs, which names the row, its label or "
+                    "its split; leave it out."
+                )
         leaking = sorted(set(_inputs(about)) & set(found["leaks"]))
         if leaking:
             raise DataError(
@@ -158,9 +193,22 @@ def _modalities(found: dict[str, Any], path: Path) -> None:
             )
 
 
+def _telling(found: Mapping[str, Any], file: str) -> set[str]:
+    """The columns of a file that say who a row is, and in the label's file what it must not."""
+    keys = {found["patient"], found.get("row", found["patient"])}
+    label, split = found["label"], found["split"]
+    if Path(file) != Path(label["file"]):
+        return keys
+    return keys | {label["column"], label.get("time"), split.get("column")}
+
+
 def _check_kind(about: Mapping[str, Any], where: str) -> None:
+    for key in {"file", "column", "time", "variable", "value"} & set(about):
+        _text(about[key], f"{where}: {key}")
     if about["kind"] == "table":
         _object(about["columns"], f"{where}: columns")
+        if not about["columns"] or not all(isinstance(name, str) for name in about["columns"]):
+            raise DataError(f"{where}: columns must give a kind to at least one column's name.")
         for column, kind in about["columns"].items():
             if kind not in (NUMERIC, CATEGORICAL):
                 words = nearest(str(kind), [NUMERIC, CATEGORICAL])
@@ -169,10 +217,16 @@ def _check_kind(about: Mapping[str, Any], where: str) -> None:
         long = {"variable", "value"} <= set(about)
         if long == ("columns" in about) or (not long and {"variable", "value"} & set(about)):
             raise DataError(f"{where} must have either variable and value, or columns.")
-        if not long and not (isinstance(about["columns"], list) and about["columns"]):
-            raise DataError(f"{where}: columns must be a list of columns with numbers.")
+        if not long and not _different_names(about["columns"]):
+            raise DataError(f"{where}: columns must be a list of different columns with numbers.")
     elif about.get("form", FORMS[0]) not in FORMS:
         raise DataError(f"{where}: form {about['form']!r}; {nearest(str(about['form']), [*FORMS])}")
+
+
+def _different_names(columns: Any) -> bool:
+    """Whether this is a list of at least one name, none of them twice."""
+    named = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
+    return named and 0 < len(columns) == len(set(columns))
 
 
 def _inputs(about: Mapping[str, Any]) -> list[str]:
@@ -188,7 +242,7 @@ def _object(value: Any, where: str) -> None:
 
 def _text(value: Any, where: str) -> None:
     if not isinstance(value, str) or not value:
-        raise DataError(f"{where} must be the name of a column.")
+        raise DataError(f"{where} must be a name, not {value!r}.")
 
 
 def _keys(about: Mapping[str, Any], where: str, *, needed: set[str], allowed: set[str]) -> None:

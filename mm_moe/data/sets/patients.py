@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from mm_moe.data.chance import draws
 from mm_moe.data.prepare.raw import SPLITS
 from mm_moe.data.privacy import content_key, pseudonym
 from mm_moe.data.reading import file_sha256, reading
-from mm_moe.data.schema import DataSource
-from mm_moe.errors import DataError
+from mm_moe.data.schema import ONE_VALUE, DataSource, check_label
+from mm_moe.errors import ConfigError, DataError
+from mm_moe.registry import nearest
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,39 @@ class PatientData(DataSource):
 
     @cached_property
     def patients(self) -> Patients:
-        """What was read, once for each process."""
-        found = self.read()
+        """What was read, once for each process.
+
+        Raises:
+            DataError: a patient in two splits, a label outside its classes, or nothing to train on.
+        """
+        with reading(self.name):
+            found = self.read()
         check_apart(found.split_of, name=self.name)
+        self._check_labels(found)
+        self._check_training(found)
         return found
+
+    def _check_labels(self, found: Patients) -> None:
+        outputs = 1 if self.problem_type in ONE_VALUE else len(self.label_names)
+        for name in itertools.chain(*found.split_of.values()):
+            check_label(
+                found.labels[name],
+                problem_type=self.problem_type,
+                num_labels=outputs,
+                sample_id=pseudonym(name, key=self._key),
+            )
+
+    def _check_training(self, found: Patients) -> None:
+        """That some training patients have labels, and some have each modality."""
+        train = found.split_of[SPLITS[0]]
+        if all(found.labels[name] is None for name in train):
+            raise DataError(f"{self.name}: no patient of the training split has a label.")
+        for modality in self.modalities:
+            if found.payloads[modality].keys().isdisjoint(train):
+                raise DataError(
+                    f"{self.name}: none of the {len(train):,} training patients has {modality!r}; "
+                    "are its ids those of the labels?"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was read: a worker reads it again."""
@@ -189,6 +220,27 @@ def vectors(names: Sequence[str], values_ND: np.ndarray) -> dict[str, PackedArra
         for row, name in enumerate(names)
         if known_N[row]
     }
+
+
+def check_choice(option: str, value: Any, known: Sequence[str], *, name: str) -> None:
+    """Refuse an option that is none of the known words.
+
+    Raises:
+        ConfigError: names the nearest ones.
+    """
+    if value not in list(known):
+        words = nearest(str(value), list(known))
+        raise ConfigError(f"{name}: unknown {option} {value!r}; {words}")
+
+
+def check_whole(option: str, value: Any, *, name: str) -> None:
+    """Refuse an option that is no whole number.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}: {option} ({value!r}) must be a whole number.")
 
 
 def table_entry(width: int) -> dict[str, Any]:

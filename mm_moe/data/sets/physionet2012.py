@@ -21,13 +21,20 @@ from mm_moe.data.events import EventStatistics, event_entry, pack_events
 from mm_moe.data.reading import reading
 from mm_moe.data.schema import CLINICAL_BINARY, REGRESSION, SINGLE_LABEL
 from mm_moe.data.sets.emoji import find_file
-from mm_moe.data.sets.patients import PatientData, Patients, table_entry, vectors
+from mm_moe.data.sets.patients import (
+    PatientData,
+    Patients,
+    check_choice,
+    check_whole,
+    table_entry,
+    vectors,
+)
 from mm_moe.data.standardise import CATEGORICAL, NUMERIC, TableEncoder
 from mm_moe.errors import ConfigError, DataError
-from mm_moe.registry import nearest
 
 HOURS = 48.0
 NOT_RECORDED = -1.0
+LARGEST = float(np.finfo(np.float32).max)
 SHARES = {"train": 0.9, "validation": 0.1}
 STATIC = {
     "ICUType": CATEGORICAL,
@@ -41,6 +48,7 @@ LABELS = {  # label -> column, classes, problem type, family of scores
     "length_of_stay": ("Length_of_stay", (), REGRESSION, None),
 }
 LEAKS = ("SAPS-I", "SOFA", "Length_of_stay", "Survival", "In-hospital_death")
+TEXTS = ("parameter",)  # columns that hold no numbers
 BEDSIDE = (  # what monitors and nurses write down by the hour; all else is of the laboratory
     *("DiasABP", "FiO2", "GCS", "HR", "MAP", "MechVent", "NIDiasABP", "NIMAP", "NISysABP"),
     *("RespRate", "SaO2", "SysABP", "Temp", "Urine", "Weight"),
@@ -76,9 +84,10 @@ class Physionet2012Data(PatientData):
         super().__init__(data_dir)
         if self.data_dir is None:
             raise ConfigError("data set 'physionet2012' needs data_dir: a folder with patients_a.")
-        if label not in LABELS:
-            known = nearest(label, list(LABELS))
-            raise ConfigError(f"physionet2012: unknown label {label!r}; {known}")
+        check_choice("label", label, [*LABELS], name=self.name)
+        check_whole("seed", seed, name=self.name)
+        if not isinstance(split_series, bool):
+            raise ConfigError(f"physionet2012: split_series ({split_series!r}) is true or false.")
         nested = self.data_dir / "physionet2012"
         folder = nested if nested.is_dir() else self.data_dir
         names = [f"{what}_{part}.parquet" for what in ("patients", "events") for part in "ab"]
@@ -115,6 +124,8 @@ class Physionet2012Data(PatientData):
     def _label(self, value: float) -> int | float | None:
         if np.isnan(value):
             return None
+        if self.label == "death" and value not in (0, 1):
+            raise DataError(f"physionet2012: a cell of {self.label_column} is neither 0 nor 1.")
         return int(value) if self.label == "death" else float(value)
 
     def _static(self, columns: dict[str, np.ndarray], train_N: np.ndarray) -> np.ndarray:
@@ -147,7 +158,7 @@ class Physionet2012Data(PatientData):
             entries[series] = event_entry(
                 variables,
                 statistics=statistics.record(),
-                length=max(map(len, found.values())),
+                length=max(map(len, found.values()), default=1),
                 hours=HOURS,
             )
         return payloads, entries
@@ -158,6 +169,8 @@ def _patients(path: Path) -> dict[str, np.ndarray]:
     needed = ["record_id", *STATIC, *LEAKS]
     table = _table(path, needed)
     found = {name: table[name].to_numpy().astype(np.float64) for name in needed}
+    if np.isnan(found["record_id"]).any() or any(np.isinf(v).any() for v in found.values()):
+        raise DataError(f"{path} has rows without record_id, or infinite values.")
     return {
         name: values if name == "record_id" else np.where(values == NOT_RECORDED, np.nan, values)
         for name, values in found.items()
@@ -171,9 +184,15 @@ def _events(path: Path) -> dict[str, Any]:
         DataError: an event after the window: it could tell the outcome.
     """
     table = _table(path, ["record_id", "minute", "parameter", "value"])
+    if any(table[name].null_count for name in ("record_id", "minute", "parameter")):
+        raise DataError(f"{path} has events without a stay, a time or a parameter.")
     coded = table["parameter"].combine_chunks()
     coded = coded if pa.types.is_dictionary(coded.type) else coded.dictionary_encode()
+    if not pa.types.is_string(coded.dictionary.type):
+        raise DataError(f"{path}: the column 'parameter' must hold names.")
     found = {name: table[name].to_numpy() for name in ("record_id", "minute", "value")}
+    if not np.isfinite(found["minute"]).all() or (np.abs(found["value"]) > LARGEST).any():
+        raise DataError(f"{path} has events with a time or a value that is infinite or too large.")
     late = int((found["minute"] > 60 * HOURS).sum())
     if late or (found["minute"] < 0).any():
         raise DataError(
@@ -189,8 +208,10 @@ def _events(path: Path) -> dict[str, Any]:
 def _by_stay(part: dict[str, Any], variables: list[str]) -> dict[str, np.ndarray]:
     """Stay -> its events of some variables; a stay without any is not there."""
     place_of = {name: place for place, name in enumerate(variables)}
-    places = np.array([place_of.get(name, -1) for name in part["names"]])[part["code"]]
+    places = np.array([place_of.get(name, -1) for name in part["names"]], int)[part["code"]]
     kept = np.flatnonzero(places >= 0)
+    if not len(kept):
+        return {}
     order = kept[np.argsort(part["record_id"][kept], kind="stable")]
     stays, starts = np.unique(part["record_id"][order], return_index=True)
     pieces = np.split(order, starts[1:])
@@ -206,4 +227,12 @@ def _table(path: Path, columns: list[str]) -> pa.Table:
         lacking = [name for name in columns if name not in known]
         if lacking:
             raise DataError(f"{path} has no column {', '.join(map(repr, lacking))}.")
-        return pq.read_table(path, columns=columns)
+        table = pq.read_table(path, columns=columns)
+    wrong = [name for name in columns if name not in TEXTS and not _numeric(table[name].type)]
+    if wrong:
+        raise DataError(f"{path}: the column {wrong[0]!r} holds something else than numbers.")
+    return table
+
+
+def _numeric(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)

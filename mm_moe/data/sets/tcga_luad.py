@@ -26,6 +26,8 @@ from mm_moe.data.sets.emoji import find_file
 from mm_moe.data.sets.patients import (
     PatientData,
     Patients,
+    check_choice,
+    check_whole,
     fold_splits,
     folds,
     table_entry,
@@ -39,7 +41,6 @@ from mm_moe.data.standardise import (
     standardised,
 )
 from mm_moe.errors import ConfigError, DataError
-from mm_moe.registry import nearest
 
 FOLDS = 5
 OMICS = {  # modality -> file, and whether its numbers are counts
@@ -96,6 +97,7 @@ STAGE_COLUMNS = (
     "ajcc_nodes_pathologic_pn",
     "ajcc_metastasis_pathologic_pm",
 )
+SMOKING_LEVELS = ("1", "2", "3", "4", "5")
 STAGES = ("I", "II", "III", "IV")
 TASKS = {  # task -> classes, problem type, family of scores, columns that tell the label
     "never_smoker": (("smoker", "never_smoker"), SINGLE_LABEL, CLINICAL_BINARY, SMOKING_COLUMNS),
@@ -136,9 +138,9 @@ class TcgaLuadData(PatientData):
         super().__init__(data_dir)
         if self.data_dir is None:
             raise ConfigError("data set 'tcga_luad' needs data_dir: a folder with clinical.csv.")
-        if label not in TASKS:
-            raise ConfigError(f"tcga_luad: unknown label {label!r}; {nearest(label, list(TASKS))}")
-        if not isinstance(fold, int) or not 0 <= fold < FOLDS:
+        check_choice("label", label, [*TASKS], name=self.name)
+        check_whole("seed", seed, name=self.name)
+        if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < FOLDS:
             raise ConfigError(f"tcga_luad: fold ({fold!r}) must be 0 to {FOLDS - 1}.")
         nested = self.data_dir / "tcga_luad"
         folder = nested if nested.is_dir() else self.data_dir
@@ -168,7 +170,9 @@ class TcgaLuadData(PatientData):
             for path, (modality, (_, counts)) in zip(self.paths, OMICS.items(), strict=False)
         }
         payloads["clinical"] = self._clinical(clinical, train)
-        widths = {name: next(iter(rows.values())).shape[0] for name, rows in payloads.items()}
+        # a table in which nothing is known is refused when its patients are looked for
+        first = {name: next(iter(rows.values()), None) for name, rows in payloads.items()}
+        widths = {name: row.shape[0] if row else 0 for name, row in first.items()}
         return Patients(
             split_of,
             labels,
@@ -181,7 +185,7 @@ class TcgaLuadData(PatientData):
         """A patient's label; None where the file does not tell it."""
         if self.label == "never_smoker":
             cell = clinical[SMOKING][row]
-            return None if cell is None else int(cell == "1")
+            return int(cell == "1") if cell in SMOKING_LEVELS else None
         if self.label == "survival":
             return _survival(*(clinical[name][row] for name in (*FOLLOWED, DEATH)))
         words = (clinical[STAGE][row] or "").removeprefix("Stage ").rstrip("AB")
@@ -228,7 +232,13 @@ def read_clinical(path: Path) -> dict[str, np.ndarray]:
         found[name] = np.array(cells, dtype=object)
     if len(set(found[BARCODE])) != len(found[BARCODE]):
         raise DataError(f"{path}: a patient is there twice.")
+    if not len(found[BARCODE]):
+        raise DataError(f"{path} names no patient.")
     return found
+
+
+def _numeric(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def _omics(path: Path, train: set[str], *, modality: str, counts: bool) -> dict[str, Any]:
@@ -240,8 +250,10 @@ def _omics(path: Path, train: set[str], *, modality: str, counts: bool) -> dict[
     names = table["patient"].to_pylist()
     if len(set(names)) != len(names):
         raise DataError(f"{path}: a patient is there twice.")
-    columns = [table[name].to_numpy() for name in table.column_names if name != "patient"]
-    values_ND = np.stack(columns, axis=1).astype(np.float32)
+    columns = [name for name in table.column_names if name != "patient"]
+    if not (names and columns and all(_numeric(table.schema.field(n).type) for n in columns)):
+        raise DataError(f"{path} must hold a row for each patient, and beside it numbers alone.")
+    values_ND = np.stack([table[name].to_numpy() for name in columns], axis=1).astype(np.float32)
     if np.isinf(values_ND).any() or (counts and (values_ND < 0).any()):
         raise DataError(f"{path} has infinite values, or counts below 0.")
     if counts:

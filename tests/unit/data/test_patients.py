@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -113,7 +114,14 @@ def test_tcga_survival_is_days_and_whether_they_died(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"label": "stages"}, "did you mean stage"), ({"fold": 5}, "0 to 4")]
+    ("options", "words"),
+    [
+        ({"label": "stages"}, "did you mean stage"),
+        ({"label": ["stage"]}, "did you mean stage"),
+        ({"fold": 5}, "0 to 4"),
+        ({"fold": True}, "0 to 4"),
+        ({"seed": "a"}, "whole number"),
+    ],
 )
 def test_tcga_refuses_wrong_options(tmp_path, options, words):
     with pytest.raises(ConfigError, match=words):
@@ -129,6 +137,37 @@ def test_tcga_refuses_wrong_files(tmp_path):
     (folder / "mirna.parquet").unlink()
     with pytest.raises(DataError, match=r"mirna.parquet"):
         TcgaLuadData(str(folder))
+
+
+PATIENTS = [f"TCGA-00-{n:04d}" for n in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"patient": PATIENTS, "g": ["x"] * 40}, "numbers alone"),
+        ({"patient": PATIENTS}, "numbers alone"),
+        ({"patient": PATIENTS, "g": [np.nan] * 40}, "24 training patients has 'gene'"),
+        ({"patient": PATIENTS, "g": [np.inf] * 40}, "infinite"),
+        ({"patient": list(range(40)), "g": [1.0] * 40}, "are its ids those of the labels"),
+    ],
+)
+def test_tcga_refuses_a_table_without_numbers_of_its_patients(tmp_path, columns, words):
+    folder = patient_layouts.tcga_luad(tmp_path)
+    pq.write_table(pa.table(columns), folder / "gene_expression.parquet")
+    with pytest.raises(DataError, match=words):
+        TcgaLuadData(str(folder)).size("train")
+
+
+def test_tcga_takes_no_other_cell_for_a_label(tmp_path):
+    cells = {SMOKING: ["7"] * 10 + ["1", "3"] * 15, "death_days_to": ["inf"] * 40}
+    folder = str(patient_layouts.tcga_luad(tmp_path, **cells))
+    assert TcgaLuadData(folder).left_out == {"without a label": 10}
+    # the 20 dead have no day of death, and patient 0 was never seen again
+    assert TcgaLuadData(folder, label="survival").left_out == {"without a label": 21}
+    unlabelled = patient_layouts.tcga_luad(tmp_path / "none", **{SMOKING: ["[Unknown]"] * 40})
+    with pytest.raises(DataError, match="no patient of the training split has a label"):
+        TcgaLuadData(str(unlabelled)).size("train")
 
 
 def test_physionet_reads_events_and_leaves_out_what_was_not_recorded(tmp_path):
@@ -159,6 +198,47 @@ def test_physionet_refuses_events_after_the_prediction(tmp_path):
     source = Physionet2012Data(str(patient_layouts.physionet2012(tmp_path, **late)))
     with pytest.raises(DataError, match="1 events after hour 48"):
         source.size("train")
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ({"minute": [float("nan")] * 55}, "infinite or too large"),
+        ({"minute": ["00:30"] * 55}, "'minute' holds something else than numbers"),
+        ({"value": [1e300] * 55}, "infinite or too large"),
+        ({"value": [-1.0] * 55}, "training patients has 'series'"),
+        ({"parameter": [None, *["HR"] * 54]}, "without a stay, a time or a parameter"),
+        ({"parameter": list(range(55))}, "must hold names"),
+    ],
+)
+def test_physionet_refuses_events_that_are_none(tmp_path, events, words):
+    source = Physionet2012Data(str(patient_layouts.physionet2012(tmp_path, **events)))
+    with pytest.raises(DataError, match=words):
+        source.size("train")
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "words"),
+    [
+        ("In-hospital_death", [5] * 20, "neither 0 nor 1"),
+        ("In-hospital_death", ["no"] * 20, "something else than numbers"),
+        ("record_id", [None, *range(1001, 1020)], "rows without record_id"),
+        ("Age", [np.inf] * 20, "infinite values"),
+    ],
+)
+def test_physionet_refuses_wrong_cells(tmp_path, column, cells, words):
+    folder = patient_layouts.physionet2012(tmp_path)
+    table = pq.read_table(folder / "patients_a.parquet")
+    place = table.schema.get_field_index(column)
+    pq.write_table(table.set_column(place, column, [cells]), folder / "patients_a.parquet")
+    with pytest.raises(DataError, match=words):
+        Physionet2012Data(str(folder)).size("train")
+
+
+@pytest.mark.parametrize("options", [{"label": None}, {"seed": "a"}, {"split_series": "no"}])
+def test_physionet_refuses_wrong_options(tmp_path, options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Physionet2012Data(str(patient_layouts.physionet2012(tmp_path)), **options)
 
 
 def test_random_access_is_that_of_the_stream(tmp_path):

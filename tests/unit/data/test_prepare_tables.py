@@ -93,6 +93,22 @@ REFUSED = {
     ),
     "no_label": ({"label__column": "dead"}, "no column 'dead'"),
     "late": ({"prediction_time": 6}, "24 values after the prediction time"),
+    "hours_word": ({"prediction_time": "soon"}, "give a number of hours"),
+    "hours_nan": ({"prediction_time": float("nan")}, "give a number of hours"),
+    "hours_column": ({"prediction_time": {"colum": "hour"}}, "lacks column"),
+    "leaks": ({"leaks": "score"}, "leaks must be a list"),
+    "seed": ({"split": {"shares": {"train": 1.0}, "seed": "x"}}, "whole number"),
+    "file": ({"modalities__labs__file": 3}, "must be a name, not 3"),
+    "column": ({"modalities__notes__column": ["text"]}, "must be a name"),
+    "kind": ({"modalities__labs__kind": ["events"]}, "did you mean events"),
+    "no_columns": ({"modalities__static__columns": {}}, "at least one column"),
+    "twice": ({"modalities__vitals__columns": ["hr", "hr"]}, "different columns"),
+    "taken": ({"modalities__label": SCHEMA["modalities"]["static"]}, "none of id, group, label"),
+    "id_input": ({"modalities__static__columns": {"stay": "categorical"}}, "names the row"),
+    "label_input": (
+        {"modalities__notes": {"file": "./out.csv", "kind": "text", "column": "died"}},
+        "'died' among its inputs, which names the row, its label",
+    ),
     "id_twice": ({"row": None}, "12 rows too many for their 'who'"),
 }
 
@@ -185,6 +201,12 @@ def test_a_row_without_anything_goes_into_quarantine(tmp_path):
     assert prepare_data.main([*argv, "--max_bad_ratio", "0.5"]) == 0
     info = json.loads((tmp_path / "out" / "dataset_info.json").read_text())
     assert info["splits"]["train"]["reasons"] == {"nothing in it": 6}
+
+
+def test_a_table_of_events_may_be_empty(tmp_path):
+    raw = patient_layouts.tables(tmp_path)
+    (raw / "labs.csv").write_text("stay,hour,test,result\n")
+    assert TablesRaw(raw).parts["labs"].payload("s1") is None
 
 
 def test_files_stay_in_the_folder(tmp_path):

@@ -199,6 +199,31 @@ def test_the_file_is_written_once_and_holds_no_id(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4  # another mask, another file
 
 
+def test_another_version_of_the_data_gets_its_own_file(tmp_path):
+    supports_of(Clinic(own_access=False), tmp_path)
+    newer = Clinic(own_access=False)
+    newer.fingerprint = lambda: "g"
+    supports_of(newer, tmp_path)
+    assert newer.passes == 1
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("ending", ["npz", "arrow"])
+def test_a_damaged_file_is_an_error(tmp_path, ending):
+    source = Clinic(own_access=False)
+    supports_of(source, tmp_path)
+    [path] = tmp_path.glob(f"*.{ending}")
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(DataError, match=ending):
+        collator(supports_of(source, tmp_path))(samples(source))
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(DataError, match="cannot be written"):
+        supports_of(Clinic(own_access=False), tmp_path / "file")
+
+
 def test_a_payload_that_cannot_be_kept_is_an_error(tmp_path):
     source = Clinic(own_access=False, rows=[(1.0, {"no": "text"}, None)])
     with pytest.raises(DataError, match="'text' is a dict"):

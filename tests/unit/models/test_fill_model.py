@@ -118,6 +118,7 @@ def test_features_of_different_widths_are_refused():
         ("retriever", {"num_candidate": 4}, r"unknown fill 'retriever': option 'num_candidate'; "),
         ("retriever", {"top_k": 40}, r"top_k \(40\) is more than the 12 experts"),
         (None, {"top_k": 4}, r"without a fill"),
+        ("json:JSONDecoder", {}, r"no subclass of mm_moe.fill.base.Fill"),
     ],
 )
 def test_fills_and_options_that_do_not_exist_are_refused(fill, options, words):

@@ -112,6 +112,12 @@ def test_a_batch_with_nothing_is_finite():
         ({"depth": 0}, "at least 1"),
         ({"sparse": "all", "top_k": 17}, "top_k"),
         ({"dropout": 1.0}, "dropout"),
+        ({"dropout": "x"}, r"dropout \('x'\)"),
+        ({"sparse": True}, "unknown fusion_config.sparse True"),
+        ({"moe": [1]}, "an object of settings"),
+        ({"legacy_residual": "no"}, "true or false"),
+        ({"sparse": "all", "num_experts": "x"}, "wrong type"),
+        ({"sparse": "all", "router": 7}, "wrong type"),
     ],
 )
 def test_wrong_options_are_refused(options, words):
