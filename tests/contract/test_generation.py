@@ -25,7 +25,8 @@ OPT = {
 T5 = {"model_type": "t5", "d_model": 16, "d_ff": 24, "d_kv": 6, "num_layers": 2, "num_heads": 2}
 T5 |= {"vocab_size": 40, "feed_forward_proj": "gated-gelu"}
 LM = TINY["blip2"] | {"text": "language_model"}
-WITHOUT_BLOCKS = ("features", "small")  # no prompt acts there, and the model says so
+# No prompt acts there, or (clinical) a fill makes what is missing; the model says so.
+WITHOUT_BLOCKS = ("clinical", "features", "small")
 CASES = {(name, "") for name in BACKBONES if name not in WITHOUT_BLOCKS}
 CASES |= {("blip2", "vision"), ("blip2", "opt"), ("blip2", "t5"), ("dual", "blip2 t5")}
 SETTINGS = {
