@@ -256,6 +256,7 @@ class ClinicalBackbone(Backbone):
     def __init__(self, settings: dict[str, Any], *, modalities: tuple[str, ...]) -> None:
         shape = _settings(settings)
         check_modalities(modalities, shape.modalities)
+        _check_towers(shape, modalities)
         self.supported = shape.modalities  # type: ignore[misc]
         super().__init__(dataclasses.asdict(shape), modalities=modalities)
         self.num_tokens, self.token_width = shape.num_tokens, shape.token_width
@@ -289,6 +290,17 @@ class ClinicalBackbone(Backbone):
             arrays={name: _array(shape, name) for name in shape.arrays},
             **found,
         )
+
+
+def _check_towers(shape: ClinicalSettings, modalities: tuple[str, ...]) -> None:
+    """ConfigError for options of a modality that neither the data nor the model know."""
+    known = [*{**shape.sequences, **shape.arrays, TEXT: {}, IMAGE: {}}, *modalities]
+    for name in shape.towers:
+        if name not in known and base_modality(name) == name:
+            raise ConfigError(
+                f"clinical.towers has options for {name!r}, and there is no such modality; "
+                f"{nearest(name, sorted({*modalities, *shape.sequences, *shape.arrays}))}"
+            )
 
 
 def _sequence(shape: ClinicalSettings, name: str) -> SequenceNeeds:

@@ -270,3 +270,10 @@ def test_wrong_settings_name_a_way_out(settings, words):
         ClinicalBackbone(
             {"sequences": {"table": {"width": 5, "length": 1}}, **settings}, modalities=(name,)
         )
+
+
+def test_options_of_a_misspelt_modality_are_refused():
+    settings = {"sequences": {"static": {"width": 5, "length": 1}}}
+    settings["towers"] = {"statik": {"kind": "table"}}
+    with pytest.raises(ConfigError, match=r"options for 'statik'.*did you mean static"):
+        ClinicalBackbone(settings, modalities=("static",))
