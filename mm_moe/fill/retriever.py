@@ -23,7 +23,6 @@ from mm_moe.moe.settings import MoESettings
 
 LAYER_NAME = "fill.0"  # of the routing record
 ROUTER = "noisy_candidates"
-GATE_START = 0.1
 NUM_CANDIDATES, NUM_SHARED, TOP_K, GATE_LOSS_COEF = 8, 4, 4, 1e-2  # as published
 
 
@@ -53,8 +52,6 @@ class RetrieverFill(Fill):
         dropout: of the attention weights and of what attention adds.
         gate_loss_coef: weight of the router's balance losses.
         residual: add the pooled input of the sparse layer, so that experts correct a mean.
-        gate: multiply what is put in place by a learned number per modality that starts near 0, so
-            that training decides how far to leave the zero fill.
         segments: add a learned vector to each token for its modality, and one to those of supports.
         legacy: the released behaviour.
         temperature: of `similar_retriever` alone, which weighs supports; None: its default.
@@ -81,7 +78,6 @@ class RetrieverFill(Fill):
         gate_loss_coef: float = GATE_LOSS_COEF,
         residual: bool = False,
         segments: bool = False,
-        gate: bool = False,
         legacy: bool = False,
         temperature: float | None = None,
         warm_up_steps: int = 0,
@@ -114,11 +110,8 @@ class RetrieverFill(Fill):
             top_k=top_k,
             gate_loss_coef=gate_loss_coef,
         )
-        self.gate: nn.Parameter | None = None
         if self.legacy:
             return
-        if flag("gate", gate):
-            self.gate = nn.Parameter(torch.full((len(shape.modalities),), GATE_START))
         self.segments: nn.Parameter | None = None
         if flag("segments", segments):
             self.segments = nn.Parameter(TOKEN_STD * torch.randn(len(shape.modalities) + 1, width))
@@ -153,13 +146,8 @@ class RetrieverFill(Fill):
         keep_QC = torch.cat([has_QN, own_QM], 1) & found_Q1  # a default token asks no expert
         y_QCPH, records = self._attend(x_QCPH, keep_QC, cells.modality_Q)
         pooled_QPH = torch.einsum("qc,qcph->qph", weight_QC.to(y_QCPH.dtype), y_QCPH)
-        filled_QPH = torch.where(found_Q1[:, None], pooled_QPH, self.default(cells.modality_Q))
-        return self._gated(filled_QPH, cells.modality_Q), records
-
-    def _gated(self, filled_QPH: Tensor, target_Q: Tensor) -> Tensor:
-        if self.gate is None:
-            return filled_QPH
-        return filled_QPH * self.gate[target_Q][:, None, None].to(filled_QPH.dtype)
+        default_QPH = self.default(cells.modality_Q)
+        return torch.where(found_Q1[:, None], pooled_QPH, default_QPH), records
 
     def scores(self, cells: Cells, place_QN: Tensor) -> Tensor | None:
         """What a cell's supports weigh (Q, N), before a softmax over them; None: all the same."""
@@ -172,7 +160,7 @@ class RetrieverFill(Fill):
         target_1 = torch.zeros(1, dtype=torch.int64, device=x_BMPH.device)
         nothing_1C = torch.zeros(blank_1CPH.shape[:2], dtype=torch.bool, device=x_BMPH.device)
         y_1CPH, records = self._attend(blank_1CPH, nothing_1C, target_1)
-        return self._gated(y_1CPH.sum(1) + self.default(target_1), target_1)[:0], records
+        return (y_1CPH.sum(1) + self.default(target_1))[:0], records
 
     def _attend(
         self, x_QCPH: Tensor, keep_QC: Tensor, target_Q: Tensor

@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 VARIANTS = {
     "retriever": [
         {"legacy": True},
-        {"residual": True, "segments": True, "gate": True, "dropout": 0.0},
+        {"residual": True, "segments": True, "dropout": 0.0},
         {"num_candidates": 1, "num_candidates_shared": 1, "top_k": 1, "num_heads": 2, "beta": 1.0},
     ],
     "mean": [{"momentum": 1.0}],

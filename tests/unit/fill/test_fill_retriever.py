@@ -139,17 +139,3 @@ def test_similar_supports_weigh_more():
 def test_options_that_cannot_work_are_refused(options, words):
     with pytest.raises(ConfigError, match=words):
         RetrieverFill(SHAPE, **options)
-
-
-def test_a_gate_scales_what_is_put_in_place():
-    fill = RetrieverFill(SHAPE, gate=True, dropout=0.0).eval()
-    supports = supports_of(PRESENT)
-    small = fill(tokens_of(PRESENT), PRESENT, supports)
-    with torch.no_grad():
-        assert fill.gate.tolist() == pytest.approx([0.1] * len(NAMES))
-        fill.gate.copy_(torch.tensor([1.0, 0.0, 2.0])[: len(NAMES)])
-    found = fill(tokens_of(PRESENT), PRESENT, supports)
-    for m, name in enumerate(NAMES):
-        lacking = ~PRESENT[:, m]
-        expected = small.tokens[name][lacking] * 10 * fill.gate[m]
-        assert torch.allclose(found.tokens[name][lacking], expected, atol=1e-6)
