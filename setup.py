@@ -55,6 +55,7 @@ TEST_REQUIREMENTS = [
     "pytest-xdist>=3.8",
     "torchmetrics>=1.8",  # an independent peer of the scores
     "h5py>=3.13",  # features of IEMOCAP
+    "nibabel>=5.3",  # volumes of ADNI
     "scikit-survival>=0.24",  # the concordance index
     "anndata>=0.12",  # matrices of genes and cells
     "tensorboard>=2.20",  # reports of runs

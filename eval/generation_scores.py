@@ -9,11 +9,13 @@ N cells (n, m of two sets), G genes, L types.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -152,7 +154,9 @@ def critic_auc(
     )
     critic = make_pipeline(StandardScaler(), PCA(width, random_state=seed), last)
     split = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    told = cross_val_predict(critic, x, y, cv=split, method="predict_proba")[:, 1]
+    with warnings.catch_warnings():  # 100 passes are what this critic is, converged or not
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        told = cross_val_predict(critic, x, y, cv=split, method="predict_proba")[:, 1]
     return float(roc_auc_score(y, told))
 
 
