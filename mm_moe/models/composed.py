@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from mm_moe.backbones.base import Payload
 from mm_moe.models.combine import PRODUCT, members_in_use, mixture_of_experts, product_of_experts
 from mm_moe.models.composed_configuration import GATE, ComposedConfig
-from mm_moe.models.loading import check_loaded
+from mm_moe.models.loading import load_whole
 from mm_moe.models.modeling import MultimodalMoEModel
 from mm_moe.models.output import MultimodalMoEOutput, mean_router_losses
 from mm_moe.models.rows import packed_rows
@@ -219,13 +219,7 @@ class ComposedModel(PreTrainedModel):
             CheckpointError: names the first tensor.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.pop("ignore_mismatched_sizes", None)
-        loaded: Any = super().from_pretrained(
-            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-        model, info = loaded
-        source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
-        check_loaded(source, info, optional=(), may_differ=False)
+        model, info = load_whole(super().from_pretrained, args, kwargs)
         for prompt in model.prompts:
             prompt.freeze_fixed()
         model.freeze()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mm_moe.errors import CheckpointError
@@ -34,3 +34,23 @@ def check_loaded(
             raise CheckpointError(
                 f"the weights of {source!r}: {shape_difference(name, found, expected)}"
             )
+
+
+def load_whole(
+    load: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """A model whose checkpoint holds all its weights, and the library's loading info.
+
+    Args:
+        load: the library's `from_pretrained`.
+        args: of it.
+        options: its keyword arguments; `ignore_mismatched_sizes` is not heard.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing or does not fit.
+    """
+    asked = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load(*args, **asked)
+    source = str(args[0] if args else options.get("pretrained_model_name_or_path"))
+    check_loaded(source, info, optional=(), may_differ=False)
+    return model, info

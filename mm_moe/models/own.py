@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mm_moe.data.schema import DataSource
 from mm_moe.errors import ConfigError
-from mm_moe.models.loading import check_loaded
+from mm_moe.models.loading import load_whole
 from mm_moe.moe.layer import MoELayer
 from prompts.base import Prompt
 
@@ -93,13 +93,7 @@ class OwnModel(PreTrainedModel):
             CheckpointError: names the first tensor.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.pop("ignore_mismatched_sizes", None)
-        loaded: Any = super().from_pretrained(
-            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-        model, info = loaded
-        source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
-        check_loaded(source, info, optional=(), may_differ=False)
+        model, info = load_whole(super().from_pretrained, args, kwargs)
         return (model, info) if wants_info else model
 
 
