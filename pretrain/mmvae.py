@@ -37,11 +37,13 @@ from mm_moe.training.carried import Carried
 from mm_moe.training.collectives import mean_weight, num_ranks, sum_over_ranks
 from mm_moe.training.discriminator import Discriminator, Discriminators
 from mm_moe.training.own_objective import StatefulObjective
+from pretrain.cell_anchors import SAME_NAME, AnchorPlay, anchor_places
 from pretrain.cell_critics import CriticPlay
 
 BALANCES = ("none", "genes")
 REAL = ("cells", "cis")
 Z = "z"  # the last layer of the adversaries
+ANCHOR_SEED = 7919  # its map starts from other draws than the discriminators
 
 
 @dataclass
@@ -77,6 +79,11 @@ class CellObjective(StatefulObjective):
         cycle_weight: of cells that come back from another species.
         latent_cycle_weight: of the distance (L1) between the means of a cell and of its
             translation.
+        anchor_weight: of what the latent does not say of the anchors; 0: there are none.
+        anchors: genes that mean the same in all species (see `pretrain.cell_anchors`): "same_name",
+            or species -> names.
+        anchor_steps: steps of the map from the latent to them for each of the model.
+        anchor_learning_rate: of its Adam.
         seed: of the draws and of new discriminators.
 
     Raises:
@@ -109,6 +116,10 @@ class CellObjective(StatefulObjective):
     critic_auc: float = 1.0
     cycle_weight: float = 0.0
     latent_cycle_weight: float = 0.0
+    anchor_weight: float = 0.0
+    anchors: Any = SAME_NAME
+    anchor_steps: int = 4
+    anchor_learning_rate: float = 3e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -122,6 +133,7 @@ class CellObjective(StatefulObjective):
             *("free_bits", "adversary_weight", "adversary_steps", "adversary_learning_rate"),
             *("adversary_ramp", "critic_weight", "critic_steps", "critic_learning_rate"),
             *("critic_auc", "cycle_weight", "latent_cycle_weight"),
+            *("anchor_weight", "anchor_steps", "anchor_learning_rate"),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
@@ -131,6 +143,7 @@ class CellObjective(StatefulObjective):
         )
         self.adversary: Discriminator | None = None
         self.critics: CriticPlay | None = None
+        self.anchor: AnchorPlay | None = None
         self._gene_weights: list[float] = []
 
     def prepare(self, model: nn.Module, *, device: torch.device, seed: int) -> None:
@@ -174,6 +187,18 @@ class CellObjective(StatefulObjective):
                 learning_rate=self.critic_learning_rate,
                 most_auc=self.critic_auc,
             )
+        if self.anchor_weight:
+            places = anchor_places(self.anchors, model.config.genes)
+            self.anchor = _seeded(seed + ANCHOR_SEED, lambda: self._new_anchor(model, places))
+            self.anchor.held.module.to(device, dtype)
+
+    def _new_anchor(self, model: CellVAE, places: Mapping[str, list[int]]) -> AnchorPlay:
+        return AnchorPlay(
+            places,
+            latent_size=model.config.latent_size,
+            learning_rate=self.anchor_learning_rate,
+            steps=self.anchor_steps,
+        )
 
     def _new_adversaries(self, model: CellVAE) -> Adversaries:
         known = [SPECIES, *model.config.columns]
@@ -203,6 +228,8 @@ class CellObjective(StatefulObjective):
             found["adversary"] = self.adversary
         if self.critics is not None:
             found["critics"] = Discriminators(self.critics.held)
+        if self.anchor is not None:
+            found["anchors"] = self.anchor.held
         return found
 
     def callbacks(self) -> list[TrainerCallback]:
@@ -235,6 +262,9 @@ class CellObjective(StatefulObjective):
         if self.adversary is not None:
             hidden = {**posterior.hidden, Z: z}
             losses["adversary"] = self._play(self.adversary, passes, hidden, figures)
+        if self.anchor is not None:
+            unsaid, figures["anchors_unexplained"] = self.anchor.play(passes, posterior.mu, weight)
+            losses["anchors"] = self.anchor_weight * unsaid
         if self.critic_weight or self.cycle_weight or self.latent_cycle_weight:
             shift = 1 + self.annealer.steps % (len(passes.modalities) - 1)
             crossing = passes.cross(z, shift=shift)

@@ -27,6 +27,10 @@ FULL = {
     **{"adversary_weight": 2.0, "adversary_ramp": 2, "adversary_steps": 2},
     **{"critic_weight": 1.5, "critic_hidden": [4], "adversary_hidden": [5]},
     **{"cycle_weight": 0.3, "latent_cycle_weight": 0.2},
+    **{
+        "anchor_weight": 0.7,
+        "anchors": {"human": ["human0", "human5"], "mouse": ["mouse3", "mouse0"]},
+    },
 }
 KINDS: dict[str, dict[str, Any]] = {
     "nb": {"likelihood": "nb", "conditioner": "film"},
@@ -123,6 +127,10 @@ def test_two_processes_equal_one(kind, options, ep_size):
     for rank in ranks:
         for name, value in own.items():
             assert torch.allclose(rank[3]["adversary"]["weights"][name], value, atol=1e-9)
+    assert objective.anchor is not None
+    for name, value in objective.anchor.held.state_dict()["weights"].items():
+        for rank in ranks:
+            assert torch.allclose(rank[3]["anchors"]["weights"][name], value, atol=1e-9), name
     theirs = ranks[0][3]["critics"] | ranks[1][3]["critics"]
     for rank in ranks:
         assert len(rank[3]["critics"]) == 2 // ep_size
