@@ -70,6 +70,8 @@ class Scorer:
 
     def predict(self, missing: Missing | None, split: str) -> Predictions:
         """Predictions for a split, each sample once over the ranks. A collective."""
+        if self._draws > 1:
+            return next(iter(self._predict_views([missing], split)))
         collator = self.collator(missing)
         loader = DataLoader(self._stream(split), batch_size=self.batch_size, collate_fn=collator)
         found = predict(
@@ -83,15 +85,29 @@ class Scorer:
 
         The model sees each different remainder of a sample once, however many protocols leave it;
         where rows of a batch depend on each other, every protocol takes its own pass.
+
+        A fill that draws more than once for a sample (`Supports.num_draws`) is asked about what
+        lacks something as often, and its logits are averaged: multiple imputation.
         """
         if couples_samples(self.model):
             return (self.predict(missing, split) for missing in protocols)
+        return self._predict_views(protocols, split)
+
+    def _predict_views(
+        self, protocols: Sequence[Missing | None], split: str
+    ) -> Iterable[Predictions]:
         modalities, collator = self.source.modalities, self.collator(None)
-        stream = ViewStream(self._stream(split), protocols=protocols, modalities=modalities)
+        stream = ViewStream(
+            self._stream(split), protocols=protocols, modalities=modalities, draws=self._draws
+        )
         loader = DataLoader(stream, self.batch_size, collate_fn=ViewCollator(collator))
         found = predict(self.model, loader, num_modalities=len(modalities), signals=self.signals)
         self.note_bad(collator)
         return by_protocol(found, count=len(protocols))
+
+    @property
+    def _draws(self) -> int:
+        return 1 if self.supports is None else self.supports.num_draws
 
     def _stream(self, split: str) -> SampleStream:
         """This rank's samples of one pass over a split."""

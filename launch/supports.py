@@ -32,7 +32,7 @@ def supports_of(
 
     Args:
         fill: name in the registry.
-        options: the fill's own; `num_supports` is read.
+        options: the fill's own; `num_supports` and `num_draws` are read.
         source: the data set.
         split: the training split; no other lends anything, whatever is scored.
         missing: what training takes from its rows: that is not lent.
@@ -51,13 +51,15 @@ def supports_of(
         runtime.from_main(lambda: [write()][:0])  # what it opens stays on its rank
         found = write()
     index, store = found
+    options = {**_defaults(kind), **options}
     return Supports(
         index=index,
         store=store,
         dataset=source.name,
         seed=seed,
-        num_supports={**_defaults(kind), **options}.get("num_supports"),
+        num_supports=options.get("num_supports"),
         whole=kind.needs_whole,
+        num_draws=options.get("num_draws", 1),
     )
 
 

@@ -33,7 +33,7 @@ from eval.predictions import PredictionFile
 from eval.resamples import interval_of, over_seeds
 
 METRIC, METRICS = "auroc", ("auroc", "auprc", "macro_f1", "brier", "ece")
-RETRIEVERS = ("similar_retriever", "retriever")
+RETRIEVERS = ("retriever", "similar_retriever")
 RESAMPLES = 1000
 TRAIN = "subset:0.5"
 TESTS = ("complete", "subset:0.3", "subset:0.5", "subset:0.7")
@@ -59,9 +59,11 @@ def methods_of(data: str) -> dict[str, list[str]]:
     """Method -> its own flags of `launch/train.py`."""
     about = SETS[data]
     flex = json.dumps({**about["flex"], "sparse": "alternate", "router": "flex", "top_k": 4})
-    similar = json.dumps({"num_supports": about["supports"]})
-    return {
+    ours = {"around_default": True, "num_draws": 8}
+    similar = json.dumps({**ours, "num_supports": about["supports"]})
+    methods = {
         "zero": ["--fill", "zero"],
+        "zero_flex": ["--fill", "zero", "--fusion_config", flex],
         "mean": ["--fill", "mean"],
         "default": ["--fill", "default"],
         "neighbour": ["--fill", "neighbour"],
@@ -69,9 +71,18 @@ def methods_of(data: str) -> dict[str, list[str]]:
         "modality_dropout": ["--fill", "zero", "--modality_dropout", "0.3"],
         "drop_incomplete": ["--fill", "zero", "--drop_incomplete", "true"],
         "retriever_legacy": ["--fill", "retriever", "--fill_config", '{"legacy": true}'],
-        "retriever": ["--fill", "retriever"],
+        "retriever_figure": ["--fill", "retriever"],
+        "retriever": ["--fill", "retriever", "--fill_config", json.dumps(ours)],
+        "retriever_flex": [
+            *("--fill", "retriever", "--fill_config", json.dumps(ours)),
+            *("--fusion_config", flex),
+        ],
         "similar_retriever": ["--fill", "similar_retriever", "--fill_config", similar],
     }
+    for words in methods.values():
+        if "--fill_config" not in words:
+            words += ["--fill_config", "{}"]  # not that of the recipe
+    return methods
 
 
 def grid_words(

@@ -34,6 +34,7 @@ class Supports:
         num_supports: rows for each sample and modality that it lacks; None: as many as it has
             modalities (at least 1).
         whole: bring all that a support has, and not only the modality that it was drawn for.
+        num_draws: times that scoring draws for a sample, to take the mean of what the model says.
     """
 
     index: SupportIndex
@@ -42,6 +43,7 @@ class Supports:
     seed: int = 0
     num_supports: int | None = None
     whole: bool = False
+    num_draws: int = 1
 
     def __post_init__(self) -> None:
         if self.num_supports is not None and self.num_supports < 1:

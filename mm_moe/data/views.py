@@ -87,6 +87,7 @@ class ViewStream(torch.utils.data.IterableDataset):
         samples: a finite stream.
         protocols: as in `views`.
         modalities: as in `views`.
+        draws: times that a view which lacks something comes: each draws other supports.
     """
 
     def __init__(
@@ -95,13 +96,23 @@ class ViewStream(torch.utils.data.IterableDataset):
         *,
         protocols: Sequence[Missing | None],
         modalities: Sequence[str],
+        draws: int = 1,
     ) -> None:
         self.samples, self.protocols, self.modalities = samples, protocols, modalities
+        self.draws = draws
 
     def __iter__(self) -> Iterator[View]:
         samples = iter(self.samples)
         while chunk := list(itertools.islice(samples, CHUNK)):
-            yield from views(chunk, protocols=self.protocols, modalities=self.modalities)
+            for view in views(chunk, protocols=self.protocols, modalities=self.modalities):
+                yield from self._drawn(view)
+
+    def _drawn(self, view: View) -> Iterator[View]:
+        """A view that lacks something once for each draw, which are told apart as epochs are."""
+        whole = len(view.sample.payload) == len(self.modalities)
+        for draw in range(1 if whole else self.draws):
+            epoch = view.sample.epoch + draw
+            yield dataclasses.replace(view, sample=dataclasses.replace(view.sample, epoch=epoch))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from mm_moe.moe.settings import MoESettings
 LAYER_NAME = "fill.0"  # of the routing record
 ROUTER = "noisy_candidates"
 NUM_CANDIDATES, NUM_SHARED, TOP_K, GATE_LOSS_COEF = 8, 4, 4, 1e-2  # as published
+GATE_START = 0.02  # what is retrieved starts as large as a default token or smaller
 
 
 class RetrieverFill(Fill):
@@ -54,6 +55,11 @@ class RetrieverFill(Fill):
         residual: add the pooled input of the sparse layer, so that experts correct a mean.
         segments: add a learned vector to each token for its modality, and one to those of supports.
         legacy: the released behaviour.
+        around_default: what is retrieved is added to learned default tokens, each channel times a
+            learned factor of the modality that starts near 0. A retrieved token looks like a real
+            one, and does not tell the fusion that the modality is missing; these do. Ours.
+        num_draws: times that scoring draws supports for a sample that lacks something; the model's
+            logits are averaged over them (multiple imputation). Training draws once a step.
         temperature: of `similar_retriever` alone, which weighs supports; None: its default.
         warm_up_steps: see `Fill`.
 
@@ -78,7 +84,9 @@ class RetrieverFill(Fill):
         gate_loss_coef: float = GATE_LOSS_COEF,
         residual: bool = False,
         segments: bool = False,
+        around_default: bool = False,
         legacy: bool = False,
+        num_draws: int = 1,
         temperature: float | None = None,
         warm_up_steps: int = 0,
     ) -> None:
@@ -89,6 +97,7 @@ class RetrieverFill(Fill):
         if num_supports is not None:
             whole("num_supports", num_supports, least=1)
         self.num_supports = num_supports
+        self.num_draws = whole("num_draws", num_draws, least=1)
         self.temperature = self.own_temperature if temperature is None else temperature
         if temperature is not None:
             number("temperature", temperature)
@@ -99,6 +108,14 @@ class RetrieverFill(Fill):
                 )
         self.default = DefaultTokens(shape)
         width = shape.width
+        self.gate: nn.Parameter | None = None
+        if flag("around_default", around_default):
+            if self.legacy:
+                raise ConfigError(
+                    "fill_config.legacy is the released behaviour, which knows no around_default; "
+                    "leave one of them out."
+                )
+            self.gate = nn.Parameter(torch.full((len(shape.modalities), width), GATE_START))
         if width % whole("num_heads", num_heads, least=1):
             raise ConfigError(
                 f"fill_config.num_heads ({num_heads}) must divide the tokens' width ({width})."
@@ -147,6 +164,8 @@ class RetrieverFill(Fill):
         y_QCPH, records = self._attend(x_QCPH, keep_QC, cells.modality_Q)
         pooled_QPH = torch.einsum("qc,qcph->qph", weight_QC.to(y_QCPH.dtype), y_QCPH)
         default_QPH = self.default(cells.modality_Q)
+        if self.gate is not None:
+            pooled_QPH = default_QPH + self.gate[cells.modality_Q][:, None] * pooled_QPH
         return torch.where(found_Q1[:, None], pooled_QPH, default_QPH), records
 
     def scores(self, cells: Cells, place_QN: Tensor) -> Tensor | None:
@@ -160,7 +179,10 @@ class RetrieverFill(Fill):
         target_1 = torch.zeros(1, dtype=torch.int64, device=x_BMPH.device)
         nothing_1C = torch.zeros(blank_1CPH.shape[:2], dtype=torch.bool, device=x_BMPH.device)
         y_1CPH, records = self._attend(blank_1CPH, nothing_1C, target_1)
-        return (y_1CPH.sum(1) + self.default(target_1))[:0], records
+        y_1PH = y_1CPH.sum(1)
+        if self.gate is not None:
+            y_1PH = self.gate[target_1][:, None] * y_1PH
+        return (y_1PH + self.default(target_1))[:0], records
 
     def _attend(
         self, x_QCPH: Tensor, keep_QC: Tensor, target_Q: Tensor

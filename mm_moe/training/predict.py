@@ -119,12 +119,31 @@ def predict(
     )
 
 
+def averaged(found: Predictions) -> Predictions:
+    """Rows of the same id as one, with the mean of their logits."""
+    ids, first_N, inverse_N = np.unique(found.ids, return_index=True, return_inverse=True)
+    if len(ids) == len(found.ids):
+        return found
+    total_NC = np.zeros((len(ids), *found.logits.shape[1:]))
+    np.add.at(total_NC, inverse_N, found.logits)
+    mean_NC = total_NC / np.bincount(inverse_N)[:, None]
+    return Predictions(
+        ids.tolist(),
+        mean_NC.astype(found.logits.dtype),
+        found.labels[first_N],
+        found.present[first_N],
+    )
+
+
 def by_protocol(found: Predictions, *, count: int) -> Iterator[Predictions]:
     """Predictions under each of `count` protocols, from those of all views (`mm_moe.data.views`).
+
+    A view that came several times counts with the mean of its logits.
 
     They are what `predict` gives for one protocol alone, if no row of a batch depends on another
     (`mm_moe.moe.layer.couples_samples`).
     """
+    found = averaged(found)
     keys = [read_key(key) for key in found.ids]
     order = sorted(range(len(keys)), key=lambda row: keys[row][0])
     for protocol in range(count):

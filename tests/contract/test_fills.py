@@ -12,6 +12,7 @@ VARIANTS = {
     "retriever": [
         {"legacy": True},
         {"residual": True, "segments": True, "dropout": 0.0},
+        {"around_default": True},
         {"num_candidates": 1, "num_candidates_shared": 1, "top_k": 1, "num_heads": 2, "beta": 1.0},
     ],
     "mean": [{"momentum": 1.0}],

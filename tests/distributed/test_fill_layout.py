@@ -11,7 +11,7 @@ from tests.fill_model import PRESENT, batch_of, model_of
 BOUND = 1e-9
 COUNTS = {"even": (4, 3), "nothing missing on the first": (2, 5), "no sample on the second": (7, 0)}
 FILLS = {
-    "retriever": {"dropout": 0.0, "segments": True},
+    "retriever": {"dropout": 0.0, "segments": True, "around_default": True},
     "mean": {},
     "neighbour": {},
 }

@@ -1,6 +1,8 @@
 """Supports in batches: packed once, from training rows alone, the same from any store."""
 
+import dataclasses
 import pickle
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from launch.scoring import Scorer
 from mm_moe.batch import Batch, PackedArray, Sample
 from mm_moe.data.collate import Collator
 from mm_moe.data.loading import SampleLoader
@@ -271,3 +274,54 @@ def test_scoring_keeps_the_supports_and_casts_them():
 def test_no_support_at_all_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="num_supports"):
         supports_of(Clinic(own_access=True), tmp_path, num_supports=0)
+
+
+class Lent(nn.Module):
+    """Says of a sample the sum of the lab values that it is lent, and 1000 if it has its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.blank = nn.Parameter(torch.zeros(()))
+
+    def forward(self, present, inputs, supports=None, **_):
+        has_B = present[:, 0]
+        logits = torch.where(has_B, 1000.0, 0.0)
+        if not has_B.all():
+            lent = supports["lab"]
+            rows = lent["inputs"]["values"][lent["rows"]]  # (Q, n, 1, 2), the second feature is 1
+            logits[~has_B] = rows[..., 0].flatten(1).sum(1)
+        return SimpleNamespace(logits=logits[:, None])
+
+
+def test_scoring_averages_over_draws(tmp_path):
+    source = Clinic(own_access=True)
+    drawn = supports_of(source, tmp_path, num_supports=1)
+    protocol = MissingProtocol(dataset="clinic", split="train", kind="lab", ratio=1.0)
+
+    def logits(**options):
+        supports = dataclasses.replace(drawn, **options)
+        scorer = Scorer(Lent(), source, PROCESSORS, 4, max_bad_samples=0, supports=supports)
+        return list(scorer.predict_all([None, protocol], "train")), scorer
+
+    once, _ = logits()
+    found, scorer = logits(num_draws=5)
+    for plain, mean in zip(once, found, strict=True):
+        assert plain.ids == mean.ids
+        assert (plain.present == mean.present).all()
+    # of the samples as they are, only row 3 lacks its lab value
+    assert [row for row in range(6) if once[0].logits[row, 0] != 1000] == [3]
+    for place, samples_seen in ((0, samples(source)), (1, taken(samples(source)))):
+        by_hand = []
+        for epoch in range(5):
+            copies = [dataclasses.replace(sample, epoch=epoch) for sample in samples_seen]
+            batch = collator(drawn)(copies)
+            by_hand.append(Lent()(batch.present, batch.inputs, batch["supports"]).logits.numpy())
+        assert np.allclose(found[place].logits, np.mean(by_hand, axis=0))
+    assert not np.allclose(found[1].logits, once[1].logits)
+    assert np.allclose(scorer.predict(protocol, "train").logits, found[1].logits)
+
+
+def taken(found):
+    """The same samples without their lab value, where they have another one."""
+    payloads = [{k: v for k, v in s.payload.items() if k != "lab"} or s.payload for s in found]
+    return [dataclasses.replace(s, payload=p) for s, p in zip(found, payloads, strict=True)]

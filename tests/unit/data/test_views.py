@@ -62,3 +62,12 @@ def test_a_stream_keeps_the_order_over_chunks():
     samples = [Sample(str(n), BOTH) for n in range(150)]
     stream = ViewStream(samples, protocols=[None, all_missing("text")], modalities=NAMES)
     assert [view.sample.id for view in stream] == [str(n) for n in range(150) for _ in range(2)]
+
+
+def test_what_lacks_something_comes_once_for_each_draw():
+    samples = [Sample("whole", BOTH), Sample("part", {"text": "t"})]
+    stream = ViewStream(samples, protocols=[None], modalities=NAMES, draws=3)
+    assert [(view.sample.id, view.sample.epoch) for view in stream] == [
+        ("whole", 0),
+        *(("part", epoch) for epoch in range(3)),
+    ]

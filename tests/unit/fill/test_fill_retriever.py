@@ -106,6 +106,22 @@ def test_the_gate_loss_reaches_the_router():
     assert fill.layer.router.noise_weight.grad.any()
 
 
+def test_around_default_adds_to_the_default_tokens():
+    plain = RetrieverFill(SHAPE, dropout=0.0).eval()
+    around = RetrieverFill(SHAPE, dropout=0.0, around_default=True).eval()
+    around.load_state_dict(plain.state_dict(), strict=False)
+    factor = torch.linspace(-1, 2, len(NAMES) * SHAPE.width).view(len(NAMES), SHAPE.width)
+    assert around.gate is not None
+    around.gate.data.copy_(factor)
+    supports = supports_of(PRESENT, empty=None)
+    found, base = (f(tokens_of(PRESENT), PRESENT, supports).tokens for f in (around, plain))
+    for m, name in enumerate(NAMES):
+        gone = ~PRESENT[:, m]
+        expected = plain.default.tokens_MPH[m] + factor[m] * base[name][gone]
+        assert torch.allclose(found[name][gone], expected, atol=1e-6)
+        assert torch.equal(found[name][~gone], base[name][~gone])
+
+
 def test_similar_supports_weigh_more():
     shape = FillShape(("a", "b"), 1, 2)
     fill = SimilarRetrieverFill(shape, legacy=True, num_heads=1, beta=0.0, temperature=0.5)
@@ -132,6 +148,9 @@ def test_similar_supports_weigh_more():
         ({"num_candidates": 0}, r"num_candidates \(0\) must be a whole number from 1"),
         ({"num_heads": 3}, r"num_heads \(3\) must divide the tokens' width \(8\)"),
         ({"beta": 1.5}, r"beta \(1.5\) must be a number in 0 to 1"),
+        ({"around_default": 1}, r"around_default \(1\) must be true or false"),
+        ({"around_default": True, "legacy": True}, "leave one of them out"),
+        ({"num_draws": 0}, r"num_draws \(0\) must be a whole number from 1"),
         ({"legacy": "yes"}, r"legacy \('yes'\) must be true or false"),
         ({"gate_loss_coef": float("nan")}, r"gate_loss_coef \(nan\) must be a number from 0"),
     ],
