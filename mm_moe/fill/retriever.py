@@ -98,14 +98,7 @@ class RetrieverFill(Fill):
             whole("num_supports", num_supports, least=1)
         self.num_supports = num_supports
         self.num_draws = whole("num_draws", num_draws, least=1)
-        self.temperature = self.own_temperature if temperature is None else temperature
-        if temperature is not None:
-            number("temperature", temperature)
-            if self.own_temperature is None or not temperature:
-                raise ConfigError(
-                    f"fill_config.temperature ({temperature}) is for fill 'similar_retriever', "
-                    "above 0; leave it out, or take that fill."
-                )
+        self.temperature = self._checked_temperature(temperature)
         self.default = DefaultTokens(shape)
         width = shape.width
         self.gate: nn.Parameter | None = None
@@ -135,6 +128,17 @@ class RetrieverFill(Fill):
         self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = MaskedAttention(width, num_heads=num_heads, dropout=self.dropout)
         self.layer = MoELayer(width=width, hidden=2 * width, settings=settings)
+
+    def _checked_temperature(self, temperature: float | None) -> float | None:
+        if temperature is None:
+            return self.own_temperature
+        number("temperature", temperature)
+        if self.own_temperature is None or not temperature:
+            raise ConfigError(
+                f"fill_config.temperature ({temperature}) is for fill 'similar_retriever', above "
+                "0; leave it out, or take that fill."
+            )
+        return temperature
 
     @classmethod
     def count_experts(cls, num_modalities: int, options: Mapping[str, Any]) -> int:
