@@ -123,7 +123,7 @@ class AnchorPlay:
             weight: from a sum over this process' cells to its share of the mean over all.
 
         Returns:
-            half the squared error, summed over anchors (a normal log-likelihood of unit variance),
+            the squared error, a mean over anchors, so that no weight depends on how many there are,
             as a share of the mean over cells; and the share of their variance that the map does
             not explain.
         """
@@ -132,7 +132,7 @@ class AnchorPlay:
         for _ in range(self.steps):
             self.held.step(lambda: self._error(mu.detach(), truth_NA) * (weight / num_ranks()))
         error = self._error(mu, truth_NA) * weight
-        whole = truth_NA.square().sum() / 2 * weight
+        whole = truth_NA.square().mean(1).sum() * weight
         found = sum_over_ranks(torch.stack([error.detach(), whole]))
         return error, found[0] / found[1].clamp(min=torch.finfo(found.dtype).tiny)
 
@@ -149,7 +149,7 @@ class AnchorPlay:
         )
 
     def _error(self, mu: Tensor, truth_NA: Tensor) -> Tensor:
-        return (self.held.module(mu) - truth_NA).square().sum() / 2
+        return (self.held.module(mu) - truth_NA).square().mean(1).sum()
 
 
 def standardised(x_NA: Tensor, species_N: Tensor, *, kinds: int) -> Tensor:

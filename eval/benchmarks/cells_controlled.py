@@ -66,6 +66,7 @@ def run(task: tuple[str, int], *, args: Any) -> dict[str, Any]:
         options=SIZES,
         objective=OBJECTIVE,
         conditions={"donor": known.donors},
+        anchors=world.anchors(RUNGS[name].anchors) if RUNGS[name].anchors else None,
     )
     found, _ = scores(model, asked.tables, critics=False)
     human, mouse = asked.tables

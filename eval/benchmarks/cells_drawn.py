@@ -18,7 +18,7 @@ import scipy.sparse
 from eval.cell_tables import SCALE, CellTable
 
 GENES = {"human": 200, "mouse": 150}
-SHARED_GENES = 60  # the same in both; no model is told which
+SHARED_GENES = 60  # the same in both; only models with anchors are told which
 SHARES = (0.4, 0.25, 0.17, 0.12, 0.06)  # of the types, alike in both species
 LATENT, DONORS = 6, 3
 SPREAD, DONOR_SHIFT, DISPERSION = 0.35, 0.3, 4.0
@@ -53,11 +53,16 @@ class World:
         own, other = (rng.permutation(count)[:SHARED_GENES] for count in GENES.values())
         human, mouse = GENES
         self.loads[mouse][other] = self.loads[human][own]
+        self.pairs = {human: own, mouse: other}
         self.base = {name: rng.normal(size=count) for name, count in GENES.items()}
         self.base[mouse][other] = self.base[human][own]
         self.donors = {
             name: DONOR_SHIFT * rng.normal(size=(DONORS, count)) for name, count in GENES.items()
         }
+
+    def anchors(self, count: int) -> dict[str, list[str]]:
+        """Names of the first so many genes that are the same in both species."""
+        return {name: [_gene(name, g) for g in own[:count]] for name, own in self.pairs.items()}
 
     def share(self, z: np.ndarray, species: str, shift: np.ndarray | float = 0.0) -> np.ndarray:
         """Each gene's share of the counts (N, G) of cells with these latents."""
@@ -83,7 +88,7 @@ class World:
             counts = rng.poisson(mean * rng.gamma(DISPERSION, 1 / DISPERSION, mean.shape))
             tables[name] = CellTable(
                 scipy.sparse.csr_matrix(counts.astype(np.float32)),
-                tuple(f"{name[0]}{gene}" for gene in range(GENES[name])),
+                tuple(_gene(name, number) for number in range(GENES[name])),
                 np.array([f"{name}/{seed}/{cell}" for cell in range(count)], dtype=object),
                 (donor_N + 1)[:, None].astype(np.int64),
                 np.array([f"type {kind}" for kind in kind_N], dtype=object),
@@ -92,3 +97,7 @@ class World:
             crossed[name] = np.log1p(SCALE * self.share(z, other))
         donors = {name: [f"donor {n}" for n in range(DONORS)] for name in GENES}
         return Drawn(tables, crossed, donors)
+
+
+def _gene(species: str, number: int) -> str:
+    return f"{species[0]}{number}"

@@ -24,12 +24,15 @@ from mm_moe.cells.modeling import CellVAE
 from pretrain.mmvae import CellObjective
 
 ADVERSARY = {
-    "adversary_weight": 20.0,
+    "adversary_weight": 50.0,
     "adversary_steps": 4,
     "adversary_learning_rate": 3e-3,
 }
 CRITICS = {"critic_weight": 1.0, "critic_real": "cis", "critic_auc": 0.9}
 CYCLE = {"latent_cycle_weight": 1.0, "cycle_weight": 0.1}
+ANCHOR_WEIGHT = 1000.0
+# As in the source; with layer norm an adversary of this weight empties the latent.
+NORMS = {"expert_norm": "batch", "core_norm": "batch"}
 WARMUP, MAX_NORM = 20, 100.0
 
 
@@ -40,19 +43,26 @@ class Rung:
     Attributes:
         model: options of `CellVAEConfig`.
         objective: options of `CellObjective`.
+        anchors: pairs of genes that it is told.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
     objective: Mapping[str, Any] = field(default_factory=dict)
+    anchors: int = 0
 
 
-# Each has all that those before it have. "plain" has an expert for each species around one core.
+# "plain" has an expert for each species around one core. Those with a + have all that those before
+# them have, and none of them is told of a gene that is the same in both species.
 RUNGS = {
     "plain": Rung({"conditioner": "none"}),
     "+ condition banks": Rung(),
     "+ adversary": Rung({}, ADVERSARY),
     "+ critics": Rung({}, {**ADVERSARY, **CRITICS}),
     "+ cycle": Rung({}, {**ADVERSARY, **CRITICS, **CYCLE}),
+    "50 anchors": Rung(anchors=50),
+    "adversary, 10 anchors": Rung({}, ADVERSARY, 10),
+    "adversary, 50 anchors": Rung({}, ADVERSARY, 50),
+    "all, 50 anchors": Rung({}, {**ADVERSARY, **CRITICS, **CYCLE}, 50),
 }
 
 
@@ -82,6 +92,7 @@ def train(
     options: Mapping[str, Any],
     objective: Mapping[str, Any],
     conditions: Mapping[str, Any] | None = None,
+    anchors: Mapping[str, list[str]] | None = None,
 ) -> tuple[CellVAE, float]:
     """Fit a model, and return the seconds of processor time that its steps took.
 
@@ -95,6 +106,7 @@ def train(
         options: sizes of the model.
         objective: options that all rungs share.
         conditions: column -> labels, or species -> labels.
+        anchors: species -> genes that mean the same, for a rung that is told some.
     """
     torch.manual_seed(seed)
     model = CellVAE(
@@ -102,10 +114,11 @@ def train(
             modalities=list(tables),
             genes={name: list(table.genes) for name, table in tables.items()},
             conditions=dict(conditions or {}),
-            **{**options, **rung.model},
+            **{**NORMS, **options, **rung.model},
         )
     ).train()
-    aim = CellObjective(**{**objective, **rung.objective, "seed": seed})
+    told = {"anchor_weight": ANCHOR_WEIGHT, "anchors": dict(anchors)} if anchors else {}
+    aim = CellObjective(**{**objective, **rung.objective, **told, "seed": seed})
     aim.prepare(model, device=torch.device("cpu"), seed=seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     stream = batches(tables, size=batch, seed=seed)

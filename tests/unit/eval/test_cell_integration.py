@@ -9,6 +9,7 @@ import scipy.sparse
 from eval import integration, integration_report
 from eval.benchmarks.cells_controlled import against_truth
 from eval.benchmarks.cells_drawn import GENES, SHARED_GENES, World
+from eval.benchmarks.cells_integration import same_names
 from eval.benchmarks.cells_training import RUNGS, batches, table_of, train
 from eval.cell_tables import CellTable, batch_of, decoded, encoded, translated, variable_genes
 from eval.cell_types import coarse, marked_types
@@ -35,6 +36,7 @@ def small_model(tables, rung="plain", steps=1):
         learning_rate=1e-3,
         options={**SIZES, "likelihood": "nb"},
         objective={},
+        anchors=World(0).anchors(RUNGS[rung].anchors) if RUNGS[rung].anchors else None,
     )[0]
 
 
@@ -134,6 +136,28 @@ def test_translation_against_truth_by_hand():
     assert against_truth(2 * truth + 1, truth)["truth_gene_r"] == pytest.approx(1)
     assert against_truth(-truth, truth)["truth_gene_r"] == pytest.approx(-1)
     assert against_truth(truth, truth)["truth_cell_r"] == pytest.approx(1)
+
+
+def test_anchors_of_drawn_cells_are_the_same_gene():
+    world = World(3)
+    human, mouse = (
+        [int(gene[1:]) for gene in world.anchors(20)[name]] for name in ("human", "mouse")
+    )
+    assert len(set(human)) == len(set(mouse)) == 20
+    assert np.array_equal(world.loads["human"][human], world.loads["mouse"][mouse])
+
+
+def test_anchors_of_real_cells_are_drawn_from_equal_names():
+    tables = {
+        "human": table([[1, 1, 1, 1]], genes=("MPO", "KLF1", "ACTB", "GATA1")),
+        "mouse": table([[1, 1, 1]], genes=("Gata1", "Xist", "Mpo")),
+    }
+    drawn = [same_names(tables, 1, seed=seed) for seed in range(8)]
+    assert {"human": ["MPO"], "mouse": ["Mpo"]} in drawn
+    assert {"human": ["GATA1"], "mouse": ["Gata1"]} in drawn
+    both = {"human": ["GATA1", "MPO"], "mouse": ["Gata1", "Mpo"]}
+    assert same_names(tables, 99, seed=0) == both
+    assert same_names(tables, 0, seed=0) is None
 
 
 @pytest.mark.parametrize("rung", RUNGS)
