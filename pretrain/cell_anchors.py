@@ -114,27 +114,25 @@ class AnchorPlay:
             nn.Linear(latent_size, self.count), learning_rate=learning_rate, sum_over=sum_over_ranks
         )
 
-    def play(self, passes: Passes, mu: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def play(self, passes: Passes, mu: Tensor) -> tuple[Tensor, Tensor]:
         """Train the map on detached means, then what the model pays. A collective.
 
         Args:
             passes: of the batch.
             mu: posterior means (N, D).
-            weight: from a sum over this process' cells to its share of the mean over all.
 
         Returns:
-            the squared error, a mean over anchors, so that no weight depends on how many there are,
-            as a share of the mean over cells; and the share of their variance that the map does
-            not explain.
+            this process' part of the share of the anchors' variance that the map does not explain
+            (the mean over processes is the share, whatever the number of anchors and however
+            silent they are), and the share itself.
         """
         with torch.no_grad():
             truth_NA = self.truth(passes).to(mu)
+            whole = sum_over_ranks(truth_NA.square().sum()).clamp(min=torch.finfo(mu.dtype).tiny)
         for _ in range(self.steps):
-            self.held.step(lambda: self._error(mu.detach(), truth_NA) * (weight / num_ranks()))
-        error = self._error(mu, truth_NA) * weight
-        whole = truth_NA.square().mean(1).sum() * weight
-        found = sum_over_ranks(torch.stack([error.detach(), whole]))
-        return error, found[0] / found[1].clamp(min=torch.finfo(found.dtype).tiny)
+            self.held.step(lambda: self._error(mu.detach(), truth_NA) / whole)
+        part = self._error(mu, truth_NA) / whole
+        return part * num_ranks(), sum_over_ranks(part.detach())
 
     def truth(self, passes: Passes) -> Tensor:
         """Standardised values (N, A) of the anchors in the order of the cells. A collective."""
@@ -149,7 +147,7 @@ class AnchorPlay:
         )
 
     def _error(self, mu: Tensor, truth_NA: Tensor) -> Tensor:
-        return (self.held.module(mu) - truth_NA).square().mean(1).sum()
+        return (self.held.module(mu) - truth_NA).square().sum()
 
 
 def standardised(x_NA: Tensor, species_N: Tensor, *, kinds: int) -> Tensor:

@@ -263,7 +263,7 @@ class CellObjective(StatefulObjective):
             hidden = {**posterior.hidden, Z: z}
             losses["adversary"] = self._play(self.adversary, passes, hidden, figures)
         if self.anchor is not None:
-            unsaid, figures["anchors_unexplained"] = self.anchor.play(passes, posterior.mu, weight)
+            unsaid, figures["anchors_unexplained"] = self.anchor.play(passes, posterior.mu)
             losses["anchors"] = self.anchor_weight * unsaid
         if self.critic_weight or self.cycle_weight or self.latent_cycle_weight:
             shift = 1 + self.annealer.steps % (len(passes.modalities) - 1)
