@@ -16,6 +16,7 @@ from transformers import TrainerCallback, set_seed
 from launch.check_blip2 import check_start_token
 from launch.check_objective import objective_of
 from launch.cli import Settings
+from launch.held_out import held_out_scores
 from launch.interaction_flags import training_interactions
 from launch.members import composed_config, composed_model
 from launch.model_config import model_config
@@ -45,6 +46,7 @@ from mm_moe.moe.parallel import make_expert_parallel
 from mm_moe.training import runtime
 from mm_moe.training.bad_samples import BadSamples
 from mm_moe.training.guard import StepGuard
+from mm_moe.training.held_out import HeldOut
 from mm_moe.training.preemption import StopSignals
 from mm_moe.training.saving import Saver
 from mm_moe.training.trainer import MultimodalTrainer
@@ -246,8 +248,13 @@ class Run:
         self.model.initialise_prompt(collator(samples[i : i + INITIAL_BATCH]) for i in starts)
 
     def validation_scores(self) -> dict[str, float]:
-        """Scores of the validation split by condition and metric. A collective."""
+        """Scores of the validation split: by condition and metric, or the objective's own.
+
+        A collective.
+        """
         data = self.settings.data
+        if isinstance(self.trainer.objective, HeldOut):
+            return held_out_scores(self.trainer.objective, self.scorer, data)
         if has_pairs(self.source):
             return flat(self.zero_shot().rows(data.validation_split))
         rows = self.scorer.score(

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli import ROOT
+from launch.held_out import split_in_training
 from launch.manifest import RUN_FILE, run_id
-from launch.zero_shot import as_objective_sees, has_pairs
+from launch.zero_shot import as_objective_sees
 from mm_moe.arguments import COLUMN_FLAGS, STREAM_FLAGS, dataset_options, parse_json
 from mm_moe.checkpoint import store
 from mm_moe.data.augment import Augment
 from mm_moe.data.missing import MissingProtocol, kinds_for
-from mm_moe.data.schema import NO_LABEL, DataSource
+from mm_moe.data.schema import DataSource
 from mm_moe.errors import CheckpointError, ConfigError, DataError
 from mm_moe.models.folder import config_of, is_own
 from mm_moe.registry import BACKBONES, DATASETS, OBJECTIVES, PROMPTS, ROUTERS
@@ -137,12 +138,7 @@ def open_source(values: argparse.Namespace) -> DataSource:
     source = as_objective_sees(source, values.objective)
     needed = [values.train_split]
     if values.eval_strategy != "no":
-        if source.problem_type == NO_LABEL and not has_pairs(source):
-            raise ConfigError(
-                f"--eval_strategy {values.eval_strategy} needs labels, and {values.dataset!r} has "
-                f"none for the objective {values.objective}; take --eval_strategy no."
-            )
-        needed.append(values.validation_split)
+        needed.append(split_in_training(values, source))
     if values.final_evaluation and source.problem_type != "none":
         needed.append(values.test_split)
     for split in needed:

@@ -39,6 +39,7 @@ from mm_moe.training.discriminator import Discriminator, Discriminators
 from mm_moe.training.own_objective import StatefulObjective
 from pretrain.cell_anchors import SAME_NAME, AnchorPlay, anchor_places
 from pretrain.cell_critics import CriticPlay
+from pretrain.cell_scores import CellScores
 
 BALANCES = ("none", "genes")
 REAL = ("cells", "cis")
@@ -47,7 +48,7 @@ ANCHOR_SEED = 7919  # its map starts from other draws than the discriminators
 
 
 @dataclass
-class CellObjective(StatefulObjective):
+class CellObjective(CellScores, StatefulObjective):
     """What a `CellVAE` is trained by.
 
     Attributes:

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.distributed
 RECIPE = """\
 # A run of seconds.
 dataset: cells
-dataset_options: {files: {human: human.h5ad, mouse: mouse.h5ad}, conditions: [donor]}
+dataset_options:
+  {files: {human: human.h5ad, mouse: mouse.h5ad}, conditions: [donor], shares: [0.6, 0.3, 0.1]}
 objective: mmvae
 model_config:
   {expert_hidden: [8], expert_width: 6, core_hidden: [5], latent_size: 3, dropout: 0.0}
@@ -79,6 +80,7 @@ def test_the_planner_says_what_it_cannot_count(argv):
 @pytest.mark.parametrize("zero", ["zero1", "zero2"])
 def test_two_processes_follow_the_curve_of_one_and_resume_anywhere(argv, tmp_path, zero):
     argv = [*argv, "--deepspeed", f"ds_configs/{zero}.json"]
+    argv += ["--eval_strategy", "steps", "--eval_steps", "4", "--per_device_eval_batch_size", "3"]
 
     def run(name: str, *more: str) -> list[str]:
         return [*argv, "--output_dir", str(tmp_path / name), *more]
@@ -95,6 +97,11 @@ def test_two_processes_follow_the_curve_of_one_and_resume_anywhere(argv, tmp_pat
     assert len(expected) == 8
     assert column(two[0][0], "loss") == pytest.approx(expected, rel=1e-4)
     assert column(two[0][0], "grad_norm") == pytest.approx(column(alone[0], "grad_norm"), rel=1e-3)
+    held_out = ("loss", "reconstruction", "human_reconstruction", "mouse_reconstruction")
+    for name in (*held_out, "kl_nats"):
+        scores = column(alone[0], f"eval_{name}")
+        assert len(scores) == 2
+        assert column(two[0][0], f"eval_{name}") == pytest.approx(scores, rel=1e-4), name
     # one process goes on from the checkpoint of two, two from that of one
     (one,) = run_distributed(train_here, 1, [again("two", "two")], timeout_s=400)
     other = run_distributed(

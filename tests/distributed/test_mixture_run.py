@@ -47,7 +47,7 @@ def test_flags_that_do_not_fit_are_refused(data, flags, words):
 def test_a_run_resumes_and_publishes(data, tmp_path):
     argv = [*RECIPE, "--data_dir", str(data), "--global_batch_size", "8", "--logging_steps", "1"]
     argv += ["--missing_type", "both", "--missing_ratio", "0.5", "--save_steps", "6"]
-    argv += ["--max_steps", "12"]
+    argv += ["--max_steps", "12", "--eval_steps", "6"]
     folder = tmp_path / "run"
     argv += ["--output_dir", str(folder)]
     commands = [argv, [*argv, "--resume_from_checkpoint", str(folder / "checkpoint-6")]]
@@ -55,6 +55,13 @@ def test_a_run_resumes_and_publishes(data, tmp_path):
     curve = column(found[0], "loss")
     assert len(curve) == 12
     assert column(found[1], "loss")[-6:] == pytest.approx(curve[-6:], rel=1e-5)
+    bound = column(found[0], "eval_iwae_looser")
+    assert len(bound) == 2
+    assert column(found[0], "eval_loss") == [-value for value in bound]
+    assert column(found[1], "eval_iwae_looser")[-1] == pytest.approx(bound[-1], rel=1e-5)
+    quiet = [*argv[:-2], "--output_dir", str(tmp_path / "quiet"), "--eval_strategy", "no"]
+    (other,) = run_distributed(train_here, 1, [quiet], timeout_s=500)
+    assert column(other[0], "loss") == curve  # an evaluation changes nothing of the training
     model = AutoModel.from_pretrained(folder / "final")
     assert type(model) is MixtureVAE
     made = model.translate(torch.rand(2, 28, 28), source="audio", target="image")

@@ -27,8 +27,6 @@ from mm_moe.models.rows import packed_rows
 from mm_moe.models.sequence_processing import ArrayProcessor
 from mm_moe.moe.layer import RoutingRecord
 
-MONTE_CARLO = 64  # draws of a divergence that has no closed form
-
 
 @dataclass
 class MixtureOutput(ModelOutput):
@@ -176,6 +174,7 @@ class MixtureVAE(OwnModel):
         *,
         samples: int,
         cross: bool = True,
+        uniform_BRKL: Tensor | None = None,
     ) -> Draws:
         """Draw from every expert and score the draws.
 
@@ -185,6 +184,8 @@ class MixtureVAE(OwnModel):
             samples: K, draws from each expert.
             cross: every decoder reads the draws of every expert (M * M decodings of a sample), not
                 of its own alone.
+            uniform_BRKL: float64 in (0, 1), whose quantiles are taken for draws; no generator is
+                asked then.
 
         Raises:
             DataError: see `forward`.
@@ -192,7 +193,10 @@ class MixtureVAE(OwnModel):
         location_RBL, scale_RBL = self._experts(present, inputs)
         family = FAMILIES[self.config.posterior]
         expert, prior = family(location_RBL, scale_RBL, validate_args=False), self.prior()
-        z_RKBL = expert.rsample(torch.Size([samples])).transpose(0, 1)
+        if uniform_BRKL is None:
+            z_RKBL = expert.rsample(torch.Size([samples])).transpose(0, 1)
+        else:
+            z_RKBL = quantiles(expert, uniform_BRKL.permute(2, 1, 0, 3)).transpose(0, 1)
         return Draws(
             present_BM=present,
             family=family,
@@ -203,7 +207,7 @@ class MixtureVAE(OwnModel):
             log_px_DRKB=torch.stack(
                 [self._log_px(d, z_RKBL, present, inputs, cross) for d in self.modalities]
             ),
-            kl_RB=divergence(expert, prior).sum(-1),
+            kl_RB=kl_divergence(expert, prior).sum(-1),
         )
 
     def _experts(self, present_BM: Tensor, inputs: Mapping[str, Payload]) -> tuple[Tensor, Tensor]:
@@ -306,12 +310,10 @@ class MixtureVAE(OwnModel):
         return [*found, ("prior and dispersions", rest)]
 
 
-def divergence(expert: Laplace | Normal, prior: Laplace | Normal) -> Tensor:
-    """KL(expert || prior) of every place; between two families by draws."""
-    if type(expert) is type(prior):
-        return kl_divergence(expert, prior)
-    z = expert.rsample(torch.Size([MONTE_CARLO]))
-    return (expert.log_prob(z) - prior.log_prob(z)).mean(0)
+def quantiles(expert: Laplace | Normal, uniform: Tensor) -> Tensor:
+    """Where the distribution function is `uniform` (float64): in float32 a draw could be at 1."""
+    wide = type(expert)(expert.loc.double(), expert.scale.double(), validate_args=False)
+    return wide.icdf(uniform).to(expert.loc.dtype)
 
 
 def _wide(values: Tensor) -> Tensor:
