@@ -25,7 +25,7 @@ from launch.scoring import Scorer, train_prior
 from launch.supports import supports_of
 from launch.tables import read_tables
 from launch.zero_shot import ZeroShot, flat, has_pairs, zero_shot_of
-from mm_moe.arguments import ModelArguments, parse_json
+from mm_moe.arguments import ModelArguments, dataset_options, parse_json
 from mm_moe.batch import base_modality
 from mm_moe.data.augment import Augment, Variation
 from mm_moe.data.collate import Collator
@@ -162,6 +162,7 @@ class Run:
             missing=self.train_missing,
             seed=self.data_seed,
             folder=Path(str(self.settings.training.output_dir)),
+            source_options=dataset_options(vars(self.settings.data)),
         )
 
     def train_variation(self) -> Variation:

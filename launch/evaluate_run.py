@@ -186,6 +186,7 @@ def training_supports(saved: dict[str, Any], source: DataSource, run: Path) -> S
         missing=table or protocol,
         seed=draw_seed(saved),
         folder=run,
+        source_options=dataset_options(saved),
     )
 
 

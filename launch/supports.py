@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mm_moe.arguments import STREAM_FLAGS
 from mm_moe.data.collate import Missing
 from mm_moe.data.schema import DataSource
 from mm_moe.data.support_batch import Supports
@@ -27,6 +28,7 @@ def supports_of(
     missing: Missing,
     seed: int,
     folder: Path,
+    source_options: Mapping[str, Any],
 ) -> Supports | None:
     """What adds supports to batches; None without a fill that asks for them. A collective.
 
@@ -38,6 +40,7 @@ def supports_of(
         missing: what training takes from its rows: that is not lent.
         seed: of the draws.
         folder: of the run; rank 0 writes the payloads there, unless the data set has random access.
+        source_options: that the data set was opened with, see `mm_moe.arguments.dataset_options`.
 
     Raises:
         DataError: the data cannot be read or written.
@@ -46,8 +49,14 @@ def supports_of(
         return None
     found = open_supports(source, split=split, missing=missing)
     if found is None:
-        place = folder / FOLDER
-        write = partial(write_store, source, split=split, missing=missing, folder=place)
+        write = partial(
+            write_store,
+            source,
+            split=split,
+            missing=missing,
+            folder=folder / FOLDER,
+            options={k: v for k, v in source_options.items() if k not in STREAM_FLAGS},
+        )
         runtime.from_main(lambda: [write()][:0])  # what it opens stays on its rank
         found = write()
     index, store = found

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,17 +98,29 @@ def open_supports(
 
 
 def write_store(
-    source: DataSource, *, split: str, missing: Missing | None, folder: Path
+    source: DataSource,
+    *,
+    split: str,
+    missing: Missing | None,
+    folder: Path,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[SupportIndex, SupportStore]:
     """Index and store of any data set, from a file that is written where it is not there yet.
 
     One process calls it first; the others find its file.
 
+    Args:
+        source: the data set.
+        split: whose rows are lent.
+        missing: what is taken from them before.
+        folder: where the file lies.
+        options: that the data set was opened with: others may show other rows of the same content.
+
     Raises:
         DataError: as the data set's stream; the file cannot be written; a payload of a kind that
             cannot be kept.
     """
-    key = store_key(source, split=split, missing=missing)
+    key = store_key(source, split=split, missing=missing, options=options)
     path = folder / f"{split}-{key[:16]}.arrow"
     about = path.with_suffix(".npz")
     if not (path.is_file() and about.is_file()):
@@ -128,10 +140,19 @@ def write_store(
     return index, ArrowStore(path)
 
 
-def store_key(source: DataSource, *, split: str, missing: Missing | None) -> str:
-    """sha256 of what decides the file's content: data, split, modalities, and the mask."""
+def store_key(
+    source: DataSource,
+    *,
+    split: str,
+    missing: Missing | None,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """sha256 of what decides the file's content: data, options, split, modalities, and the mask.
+
+    A fingerprint is of the files alone in most data sets; options choose columns and rows of them.
+    """
     what = [source.name, source.fingerprint(), split, list(source.modalities), repr(missing)]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([*what, options or {}], sort_keys=True).encode()).hexdigest()
 
 
 def _write(

@@ -211,6 +211,18 @@ def test_another_version_of_the_data_gets_its_own_file(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_other_options_of_the_data_get_their_own_file(tmp_path):
+    clinic = {"split": "train", "missing": None, "folder": tmp_path}
+    write_store(Clinic(own_access=False), **clinic, options={"column": "text", "fold": 1})
+    same = Clinic(own_access=False)
+    write_store(same, **clinic, options={"fold": 1, "column": "text"})
+    assert same.passes == 0
+    other = Clinic(own_access=False)  # the same files, of which other columns are read
+    write_store(other, **clinic, options={"column": "note", "fold": 1})
+    assert other.passes == 1
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 @pytest.mark.parametrize("ending", ["npz", "arrow"])
 def test_a_damaged_file_is_an_error(tmp_path, ending):
     source = Clinic(own_access=False)
