@@ -19,8 +19,8 @@ from typing import Any
 
 from launch.cli import ProgramParser, run_program
 from mm_moe.arguments import parse_json
+from mm_moe.data.prepare.options import check_options
 from mm_moe.data.prepare.write import QUARANTINE, check_target, prepare
-from mm_moe.errors import ConfigError
 from mm_moe.registry import RAW_DATASETS
 
 PROGRAMS = {  # imported when asked for: they are heavy
@@ -83,10 +83,8 @@ def main(argv: list[str]) -> int:
     adapter = RAW_DATASETS.resolve(options.name)
     own = parse_json("options", options.options)
     check_target(options.output, overwrite=options.overwrite)
-    try:
-        raw = adapter(options.source, **own)
-    except TypeError as error:
-        raise ConfigError(f"--options for {options.name!r}: {error}") from error
+    check_options(adapter, own, name=options.name)
+    raw = adapter(options.source, **own)
     info = prepare(
         raw,
         output=options.output,

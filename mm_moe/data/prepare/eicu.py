@@ -133,7 +133,7 @@ class EicuRaw(HospitalRaw):
             stays = self.places("stay-" + frame[STAY].astype(str))
             late = ~(_hours(frame["diagnosisoffset"]) <= self.hours)
             self.counts["diagnoses after the prediction time"] += int((late & (stays >= 0)).sum())
-            codes = frame["diagnosisstring"].str.split("|").str[:2].str.join("|")
+            codes = frame["diagnosisstring"].astype(str).str.split("|").str[:2].str.join("|")
             for stay, code, too_late in zip(stays, codes, late, strict=True):
                 if stay >= 0 and not too_late:
                     yield int(stay), code

@@ -36,6 +36,7 @@ LABELS = {"mortality": ("survived", "died"), "los": ("7_days_or_less", "over_7_d
 LONG_STAY_DAYS = 7
 OLDEST = 90.0  # exports hide the age of older patients
 BUSY = "events"  # of the counts
+STAY, PATIENT = "stay-", "patient-"  # what keys begin with; alone they name nothing
 
 
 @dataclass
@@ -119,7 +120,10 @@ class HospitalRaw(RawDataSet):
         super().__init__(source)
         if label not in LABELS:
             raise ConfigError(f"{self.name}: unknown label {label!r}; {nearest(label, [*LABELS])}")
-        for name, value in (("hours", hours), ("min_stays", min_stays), ("chunk_rows", chunk_rows)):
+        for name, value in {
+            **{"hours": hours, "min_stays": min_stays, "max_variables": max_variables},
+            **{"max_note_chars": max_note_chars, "chunk_rows": chunk_rows},
+        }.items():
             if not value > 0:
                 raise ConfigError(f"{self.name}: {name} ({value}) must be above 0.")
         if label == "los" and hours >= 24 * LONG_STAY_DAYS:
@@ -163,7 +167,8 @@ class HospitalRaw(RawDataSet):
                 f"{self.name}: {len(repeated)} stays are named twice, the first in line "
                 f"{repeated[0] + 2}; a stay has one line."
             )
-        bad = table["days"].isna() | (table["days"] < 0) | table["died"].isna()
+        unnamed = table["key"].eq(STAY) | table["patient"].eq(PATIENT)
+        bad = table["days"].isna() | (table["days"] < 0) | table["died"].isna() | unnamed
         young = ~bad & (table["age"] < self.min_age)
         short = ~bad & ~young & (table["days"] * 24 <= self.hours)
         self.counts["stays of patients under min_age"] = int(young.sum())
@@ -178,11 +183,14 @@ class HospitalRaw(RawDataSet):
             ["split", "patient", "key"], key=lambda c: c.map(order) if c.name == "split" else c
         ).reset_index(drop=True)
         if not (table["split"] == "train").any():
-            raise DataError(f"{self.name}: no training stay lasts over {self.hours:g} hours.")
+            raise DataError(
+                f"{self.name}: of {len(stays.table):,} stays no training stay lasts over "
+                f"{self.hours:g} hours; take fewer hours by --options, or a whole download."
+            )
         self.stays = table
         self.place_of = {key: place for place, key in enumerate(table["key"])}
-        sound = table["days"].ge(0) & table["died"].notna()
-        self.train_S = ((table["split"] == "train") & sound).to_numpy()
+        self.stays["fault"] = _faults(table)
+        self.train_S = ((table["split"] == "train") & self.stays["fault"].isna()).to_numpy()
         cells = text_cells(table[["age", *stays.static]])
         encoder = TableEncoder(cells[self.train_S])
         self.static_SD, self.static_record = encoder.encode(cells), encoder.record()
@@ -204,6 +212,7 @@ class HospitalRaw(RawDataSet):
     def _window(self, chunk: Chunk, series: str) -> tuple[np.ndarray, ...]:
         """The events of our stays up to the prediction time; the rest is counted."""
         left_E = chunk.stay_E >= 0
+        self.counts[f"{series} {BUSY} of other stays"] += int((~left_E).sum())
         for why, bad_E in (
             ("without a time", ~np.isfinite(chunk.hours_E)),
             ("without a number", ~np.isfinite(chunk.value_E)),
@@ -271,6 +280,7 @@ class HospitalRaw(RawDataSet):
     def findings(self) -> dict[str, Any]:
         """Counts, and the columns of the static table."""
         told: dict[str, Any] = {what: count for what, count in self.counts.items() if count}
+        told["modalities not there"] = [name for name in self.series if name not in self.stores]
         for series, store in self.stores.items():
             told[f"{series} variables left out"] = store.left_out
         return told | {"static": self.static_record}
@@ -280,8 +290,8 @@ class HospitalRaw(RawDataSet):
         for place, stay in enumerate(self.stays.itertuples()):
             if stay.split != split:
                 continue
-            if not stay.days >= 0 or pd.isna(stay.died):
-                yield RawRow(stay.key, fault="times of the stay are missing or out of order")
+            if not pd.isna(stay.fault):
+                yield RawRow(stay.key, fault=stay.fault)
                 continue
             over = stay.days > LONG_STAY_DAYS
             label = int(stay.died if self.label == "mortality" else over)
@@ -300,3 +310,13 @@ class HospitalRaw(RawDataSet):
             found[self.codes[place]] = 1
             payload["codes"] = found
         return payload
+
+
+def _faults(table: pd.DataFrame) -> pd.Series:
+    """What is wrong with each stay's line; None for a good one."""
+    faults = pd.Series(None, index=table.index, dtype=object)
+    faults[table["died"].isna()] = "wrong label: no outcome that the layout knows"
+    faults[~table["days"].ge(0)] = "times of the stay are missing or out of order"
+    faults[table["patient"].eq(PATIENT)] = "no patient is named"
+    faults[table["key"].eq(STAY)] = "no stay is named"
+    return faults

@@ -62,6 +62,13 @@ class MimicRaw(HospitalRaw):
         people = read_table(Path(patients), self.patient_columns, as_text=True)
         needed = ("subject_id", "hadm_id", *TIMES, "hospital_expire_flag", *STATIC[1:])
         table = read_table(Path(admissions), needed, as_text=True)
+        strangers = ~table["subject_id"].isin(people["subject_id"])
+        if len(table) and strangers.all():
+            raise DataError(
+                f"{admissions} and {patients} have no patient in common; both must be of one "
+                "download."
+            )
+        self.counts["stays without a line of their patient"] = int(strangers.sum())
         table = table.merge(people.drop_duplicates("subject_id"), on="subject_id", how="left")
         start, end = (_times(table[name]) for name in TIMES)
         flag = table["hospital_expire_flag"].map({"0": False, "1": True})
@@ -227,6 +234,8 @@ class Mimic4Raw(MimicRaw):
 
 def _times(cells: pd.Series) -> pd.Series:
     """Times to the second; NaT where a cell is none."""
+    if pd.api.types.is_numeric_dtype(cells):  # read as numbers, which no time is
+        return pd.Series(pd.NaT, index=cells.index)
     return pd.to_datetime(cells, format="%Y-%m-%d %H:%M:%S", errors="coerce")
 
 

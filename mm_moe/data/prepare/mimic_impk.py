@@ -112,10 +112,13 @@ class MimicImpkRaw(RawDataSet):
                 "series": _finite(content["ep_tdata"][n], "series", repairs),
             }
             name = f"stay-{n}"
-            if np.isfinite(self._label_cells(n)).all():
-                yield RawRow(name, payload, self._label(n), repairs=repairs)
-            else:  # no comparison with NaN is true: it would count as class 0
+            cells = self._label_cells(n)
+            if not np.isfinite(cells).all():  # no comparison with NaN is true: it would be class 0
                 yield RawRow(name, fault="NaN or infinite label")
+            elif not np.isin(cells, (0, 1)).all():
+                yield RawRow(name, fault="wrong label: neither 0 nor 1")
+            else:
+                yield RawRow(name, payload, self._label(n), repairs=repairs)
 
     def _label_cells(self, n: int) -> np.ndarray:
         """The numbers that the label of a stay is read from; no others need to be finite."""

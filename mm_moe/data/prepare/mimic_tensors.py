@@ -28,6 +28,7 @@ LABELS, SPLIT_FILE = "labels.csv", "PTID_splits_mimic.json"
 SPLIT_NAMES = {"train": "training", "validation": "validation", "test": "testing"}
 SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
 GAP = -2.0
+WRONG = -1  # a label outside the classes
 
 # N rows, D columns of one tensor
 
@@ -63,7 +64,7 @@ class MimicTensorsRaw(RawDataSet):
         table = read_table(self.label_path, ("subject_id", "one_year_mortality"), as_text=True)
         self.patients = table["subject_id"].fillna("").tolist()
         cells = table["one_year_mortality"].astype("string").str.removesuffix(".0").fillna("")
-        self.labels = [{"0": 0, "1": 1}.get(cell) for cell in cells]
+        self.labels = [{"0": 0, "1": 1, "": None}.get(cell, WRONG) for cell in cells]
         self.values = {name: self._tensor(file) for name, file in FILES.items()}
         self.kinds = dict.fromkeys(FILES, ARRAYS)
         self.forms = dict.fromkeys(FILES, "table")
@@ -81,8 +82,8 @@ class MimicTensorsRaw(RawDataSet):
                 f"{path} is no file of a plain tensor ({type(error).__name__}); it is not read, "
                 "because a pickle can run any program. Take it from its publisher."
             ) from error
-        if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2:
-            raise DataError(f"{path} holds no 2-D tensor.")
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or tensor.is_complex():
+            raise DataError(f"{path} holds no 2-D tensor of real numbers.")
         if len(tensor) != len(self.patients):
             raise DataError(
                 f"{path} has {len(tensor)} rows, {LABELS} has {len(self.patients)}; they must be "
@@ -118,12 +119,20 @@ class MimicTensorsRaw(RawDataSet):
 
     def _fit(self) -> None:
         """Mean and spread of each column over the training rows that are there."""
+        if not self.dealt["train"]:
+            raise DataError(
+                f"{self.label_path}: none of the {len(self.patients):,} rows is a training row; "
+                f"they are of {len(set(self.patients)):,} patients, or {SPLIT_FILE} names none."
+            )
         self.scale: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for name, values_ND in self.values.items():
             rows_ND = values_ND[self.dealt["train"]].astype(np.float64)
             rows_ND = rows_ND[[not _gap(row) and bool(np.isfinite(row).all()) for row in rows_ND]]
             if not len(rows_ND):
-                raise DataError(f"{self.name}: no training row has {FILES[name]}.")
+                raise DataError(
+                    f"{self.source / FILES[name]}: no training row has a value; take the file that "
+                    f"goes with {LABELS}."
+                )
             std_D = rows_ND.std(0)
             self.scale[name] = rows_ND.mean(0), np.where(std_D > 1e-6, std_D, 1.0)
 
@@ -156,6 +165,12 @@ class MimicTensorsRaw(RawDataSet):
                 for name, values_ND in self.values.items()
                 if not _gap(values_ND[n])
             }
+            if self.labels[n] == WRONG:
+                yield RawRow(f"row-{n}", fault="wrong label: neither 0 nor 1")
+                continue
+            if not self.patients[n]:
+                yield RawRow(f"row-{n}", fault="no patient is named")
+                continue
             bad = [name for name, row_D in payload.items() if not np.isfinite(row_D).all()]
             fault = f"NaN or infinite values in {bad[0]}" if bad else None
             group = f"patient-{self.patients[n]}"

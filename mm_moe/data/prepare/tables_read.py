@@ -21,6 +21,7 @@ from mm_moe.data.standardise import NUMERIC, TableEncoder
 from mm_moe.errors import DataError
 
 EMPTY = ("", "NA", "NaN", "nan", "NULL")
+LARGEST = float(np.finfo(np.float32).max)
 SHOWN = 40  # columns that a message lists
 
 
@@ -104,6 +105,7 @@ class TableRows:
         names = text_cells(raw[key])
         kept_N = np.ones(len(names), bool)
         self.late = 0
+        _check_known(path, key, names, limits)
         if timed:
             hours_N = _hours(path, timed, raw[timed])
             keys = np.array(names, dtype=object)
@@ -124,8 +126,9 @@ class TableRows:
         self.infinite_N = np.zeros(len(names), bool)
         for name, kind in columns.items():
             if kind == NUMERIC:
-                self.infinite_N |= np.isinf(cells[name])
-                cells[name] = np.where(np.isinf(cells[name]), np.nan, cells[name])
+                too_large_N = np.abs(cells[name]) > LARGEST
+                self.infinite_N |= too_large_N
+                cells[name] = np.where(too_large_N, np.nan, cells[name])
         self.encoder = TableEncoder(columns).fit(cells, np.array([name in train for name in names]))
         self.values_ND = self.encoder.encode(cells)
         self.row_of = {name: row for row, name in enumerate(names)}
@@ -133,11 +136,11 @@ class TableRows:
     def payload(self, key: Any) -> Any:
         """The vector, None where nothing of it is known, or what is wrong."""
         row = self.row_of.get(key)
+        if row is not None and self.infinite_N[row]:
+            return ValueError("infinite or too large value in a table")
         if row is None or np.isnan(self.values_ND[row]).all():
             return None
-        return (
-            ValueError("infinite value in a table") if self.infinite_N[row] else self.values_ND[row]
-        )
+        return self.values_ND[row]
 
     def findings(self) -> dict[str, Any]:
         """Names of the vector's columns without levels, and counts."""
@@ -178,6 +181,7 @@ class EventRows:
         names = list(about["columns"]) if wide else [about["variable"], about["value"]]
         raw = read_columns(path, [key, about["time"], *names])
         keys = np.array(text_cells(raw[key]), dtype=object)
+        _check_known(path, key, keys.tolist(), limits)
         hours_N = _hours(path, about["time"], raw[about["time"]])
         if wide:
             columns = [number_cells(raw[name]) for name in names]
@@ -236,6 +240,7 @@ class FileCells:
         timed = about.get("time")
         raw = read_columns(path, [key, about["column"], *([timed] if timed else [])])
         keys = np.array(text_cells(raw[key]), dtype=object)
+        _check_known(path, key, keys.tolist(), limits)
         hours_N = _hours(path, timed, raw[timed]) if timed else np.zeros(len(keys))
         cells = text_cells(raw[about["column"]])
         kept_N = np.array([cell is not None for cell in cells], bool)
@@ -251,6 +256,8 @@ class FileCells:
         cell = self.cell_of.get(key)
         if cell is None or self.kind == "text":
             return cell
+        if "\0" in cell:  # no file system takes it
+            return ValueError("a file's name with a zero byte")
         path = (self.folder / cell).resolve()
         if not path.is_relative_to(self.folder.resolve()):
             return ValueError("a file outside the folder of the data")
@@ -264,6 +271,15 @@ class FileCells:
     def findings(self) -> dict[str, Any]:
         """Counts."""
         return {"rows after the prediction": self.late} if self.late else {}
+
+
+def _check_known(path: Path, key: str, names: Collection[Any], limits: Mapping[Any, float]) -> None:
+    """Refuse a table of which no row is of a row of the label's file: its keys are others."""
+    if names and limits.keys().isdisjoint(names):
+        raise DataError(
+            f"{path}: none of its {len(names):,} rows has a {key!r} that the label's file has; "
+            "take the table of the same rows, with ids that are spelt alike."
+        )
 
 
 def _hours(path: Path, column: str, cells_N: np.ndarray) -> np.ndarray:

@@ -71,6 +71,7 @@ def prepare(
         raise ConfigError(f"--workers {workers} must be at least 1.")
     if not 0 <= max_bad_ratio <= 1:
         raise ConfigError(f"--max_bad_ratio {max_bad_ratio} is a share of the rows, from 0 to 1.")
+    output = output.resolve()  # "." has no name, and a link is no folder
     aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -82,6 +83,11 @@ def prepare(
     try:
         info = _Preparation(raw, aside, workers=workers, max_bad_ratio=max_bad_ratio).run()
         _publish(aside, output)
+    except OSError as error:
+        raise DataError(
+            f"{raw.name!r} cannot be written to {str(output)!r}: {error.strerror}; nothing is left "
+            "behind. Is there space, and can all files of --source be read?"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return info
@@ -93,8 +99,17 @@ def check_target(output: Path, *, overwrite: bool) -> None:
     Raises:
         ConfigError: see above.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
+    if output.resolve() == Path(output.resolve().anchor):
+        raise ConfigError(
+            f"--output {str(output)!r} is the root of the file system; name a folder."
+        )
+    try:
+        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+            return
+    except OSError as error:
+        raise ConfigError(
+            f"--output {str(output)!r} cannot be read ({error.strerror}); name another folder."
+        ) from error
     if not (output / INFO).is_file():
         raise ConfigError(
             f"--output {str(output)!r} holds something that is no prepared data set; name a new "
@@ -268,7 +283,10 @@ class _Preparation:
         """Refuse a split with too few good rows."""
         total = good + len(bad)
         if total == 0:
-            raise DataError(f"split {split!r} of {self.raw.name!r} names no row.")
+            raise DataError(
+                f"split {split!r} of {self.raw.name!r} names no row; the download has too few, or "
+                "its file of splits leaves this one empty."
+            )
         if len(bad) <= self.max_bad_ratio * total and good:
             return
         most = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(NAMED))

@@ -35,6 +35,7 @@ from mm_moe.errors import ConfigError, DataError
 HOURS = 48.0
 NOT_RECORDED = -1.0
 LARGEST = float(np.finfo(np.float32).max)
+MOST_RECORDS = 2**53  # beyond it a float64 tells no two neighbours apart
 SHARES = {"train": 0.9, "validation": 0.1}
 STATIC = {
     "ICUType": CATEGORICAL,
@@ -169,8 +170,9 @@ def _patients(path: Path) -> dict[str, np.ndarray]:
     needed = ["record_id", *STATIC, *LEAKS]
     table = _table(path, needed)
     found = {name: table[name].to_numpy().astype(np.float64) for name in needed}
-    if np.isnan(found["record_id"]).any() or any(np.isinf(v).any() for v in found.values()):
-        raise DataError(f"{path} has rows without record_id, or infinite values.")
+    numbered = np.abs(found["record_id"]) < MOST_RECORDS
+    if not numbered.all() or any((np.abs(v) > LARGEST).any() for v in found.values()):
+        raise DataError(f"{path} has rows without record_id, or infinite or too large values.")
     return {
         name: values if name == "record_id" else np.where(values == NOT_RECORDED, np.nan, values)
         for name, values in found.items()

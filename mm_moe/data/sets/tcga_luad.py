@@ -43,6 +43,7 @@ from mm_moe.data.standardise import (
 from mm_moe.errors import ConfigError, DataError
 
 FOLDS = 5
+LARGEST = float(np.finfo(np.float32).max)
 OMICS = {  # modality -> file, and whether its numbers are counts
     "gene": ("gene_expression.parquet", True),
     "mirna": ("mirna.parquet", True),
@@ -218,14 +219,17 @@ def read_clinical(path: Path) -> dict[str, np.ndarray]:
     """
     with reading(str(path)):
         names = pa_csv.open_csv(path).schema.names
-        as_text = pa_csv.ConvertOptions(column_types={name: pa.string() for name in names})
-        table = pa_csv.read_csv(path, convert_options=as_text)
     needed = [BARCODE, *DIAGNOSIS, *FOLLOWED, DEATH]
+    if len(set(names)) != len(names):
+        raise DataError(f"{path} has a column twice; take the file as it was downloaded.")
     lacking = [name for name in needed if name not in names]
     if lacking:
         raise DataError(
             f"{path} has no column {', '.join(map(repr, lacking))}; take the whole file."
         )
+    with reading(str(path)):
+        as_text = pa_csv.ConvertOptions(column_types={name: pa.string() for name in names})
+        table = pa_csv.read_csv(path, convert_options=as_text)
     found = {}
     for name in needed:
         cells = [None if not c or c.startswith("[") else c for c in table[name].to_pylist()]
@@ -247,15 +251,18 @@ def _omics(path: Path, train: set[str], *, modality: str, counts: bool) -> dict[
         table = pq.read_table(path)
     if "patient" not in table.column_names:
         raise DataError(f"{path} has no column 'patient'.")
+    if pa.types.is_nested(table.schema.field("patient").type):
+        raise DataError(f"{path}: the column 'patient' must hold names.")
     names = table["patient"].to_pylist()
     if len(set(names)) != len(names):
         raise DataError(f"{path}: a patient is there twice.")
     columns = [name for name in table.column_names if name != "patient"]
     if not (names and columns and all(_numeric(table.schema.field(n).type) for n in columns)):
         raise DataError(f"{path} must hold a row for each patient, and beside it numbers alone.")
-    values_ND = np.stack([table[name].to_numpy() for name in columns], axis=1).astype(np.float32)
-    if np.isinf(values_ND).any() or (counts and (values_ND < 0).any()):
-        raise DataError(f"{path} has infinite values, or counts below 0.")
+    wide_ND = np.stack([table[name].to_numpy() for name in columns], axis=1)
+    if (np.abs(wide_ND) > LARGEST).any() or (counts and (wide_ND < 0).any()):
+        raise DataError(f"{path} has infinite or too large values, or counts below 0.")
+    values_ND = wide_ND.astype(np.float32)
     if counts:
         values_ND = np.log2(values_ND + 1)
     if modality != "mutation":

@@ -139,6 +139,15 @@ def test_tcga_refuses_wrong_files(tmp_path):
         TcgaLuadData(str(folder))
 
 
+def test_tcga_refuses_a_column_twice(tmp_path):
+    folder = patient_layouts.tcga_luad(tmp_path)
+    clinical = folder / "clinical.csv"
+    lines = clinical.read_text().splitlines()
+    clinical.write_text("\n".join(f"{line},{line.split(',')[0]}" for line in lines))
+    with pytest.raises(DataError, match=r"clinical.csv has a column twice"):
+        TcgaLuadData(str(folder)).size("train")
+
+
 PATIENTS = [f"TCGA-00-{n:04d}" for n in range(40)]
 
 
@@ -149,6 +158,8 @@ PATIENTS = [f"TCGA-00-{n:04d}" for n in range(40)]
         ({"patient": PATIENTS}, "numbers alone"),
         ({"patient": PATIENTS, "g": [np.nan] * 40}, "24 training patients has 'gene'"),
         ({"patient": PATIENTS, "g": [np.inf] * 40}, "infinite"),
+        ({"patient": PATIENTS, "g": [1e300] * 40}, "infinite or too large"),
+        ({"patient": [[n] for n in range(40)], "g": [1.0] * 40}, "must hold names"),
         ({"patient": list(range(40)), "g": [1.0] * 40}, "are its ids those of the labels"),
     ],
 )
@@ -223,7 +234,9 @@ def test_physionet_refuses_events_that_are_none(tmp_path, events, words):
         ("In-hospital_death", [5] * 20, "neither 0 nor 1"),
         ("In-hospital_death", ["no"] * 20, "something else than numbers"),
         ("record_id", [None, *range(1001, 1020)], "rows without record_id"),
-        ("Age", [np.inf] * 20, "infinite values"),
+        ("record_id", [1e300, *range(1001, 1020)], "rows without record_id"),
+        ("Age", [np.inf] * 20, "infinite or too large values"),
+        ("Age", [1e300] * 20, "infinite or too large values"),
     ],
 )
 def test_physionet_refuses_wrong_cells(tmp_path, column, cells, words):

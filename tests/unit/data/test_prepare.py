@@ -1,4 +1,6 @@
+import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from mm_moe.data.decode import decode_image
 from mm_moe.data.missing import MissingProtocol
 from mm_moe.data.prepare import shards
 from mm_moe.data.prepare.mm_imdb import GENRES
+from mm_moe.data.prepare.options import check_options
+from mm_moe.data.prepare.shards import SplitWriter
 from mm_moe.data.sets.prepared import MmImdbData, PreparedData
 from mm_moe.data.streaming import SampleStream
 from mm_moe.data.table import import_legacy_table
@@ -267,7 +271,7 @@ def test_flags_that_cannot_work(tmp_path):
     for flags, said in (
         (["--workers", "0"], "--workers 0"),
         (["--max_bad_ratio", "2"], "--max_bad_ratio 2"),
-        (["--options", '{"sylte": 1}'], "sylte"),
+        (["--options", '{"sylte": 1}'], "unknown option 'sylte'; it has no options"),
         (["--options", "{"], "JSON"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -276,6 +280,58 @@ def test_flags_that_cannot_work(tmp_path):
         run("fod101", raw)
     with pytest.raises(DataError, match="is no folder"):
         run("food101", tmp_path / "absent")
+
+
+def test_options_of_the_wrong_type_are_told():
+    class Adapter:
+        def __init__(self, source, *, hours: float = 1.0, task: str | None = None, n: int = 1):
+            pass
+
+    good = {"hours": 2, "task": None, "n": 3}
+    check_options(Adapter, good, name="x")
+    for option, value, said in (
+        ("hours", "48", "hours is '48'; it takes a number"),
+        ("hours", float("nan"), "it takes a number"),
+        ("n", 1.5, "n is 1.5; it takes a whole number"),
+        ("n", True, "it takes a whole number"),
+        ("n", 10**30, "it takes a whole number"),
+        ("task", ["a"], "it takes a text or null"),
+        ("hour", 1, "unknown option 'hour'; did you mean hours"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            check_options(Adapter, good | {option: value}, name="x")
+
+
+def test_outputs_that_cannot_be(tmp_path, monkeypatch):
+    raw = raw_layouts.hateful_memes(tmp_path / "raw")
+    words = ["hateful_memes", "--source", str(raw), "--output"]
+    (tmp_path / "file").write_text("mine")
+    for output, said in (
+        (tmp_path / "file", "is no prepared data set"),
+        (tmp_path / "file" / "out", "cannot be made"),
+        (tmp_path / ("x" * 300), "cannot be read|cannot be made"),
+        ("/", "root of the file system"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            prepare_data.main([*words, str(output)])
+    (tmp_path / "link").symlink_to(tmp_path / "behind")
+    assert prepare_data.main([*words, str(tmp_path / "link")]) == 0
+    assert (tmp_path / "behind" / "dataset_info.json").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert prepare_data.main([*words, "."]) == 0
+    assert (tmp_path / "here" / "dataset_info.json").is_file()
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    raw = raw_layouts.hateful_memes(tmp_path / "raw")
+    monkeypatch.setattr(SplitWriter, "add", full)
+    with pytest.raises(DataError, match=r"cannot be written to .*No space left on device"):
+        run("hateful_memes", raw)
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
 def test_a_prepared_folder_is_checked_when_it_is_opened(tmp_path):

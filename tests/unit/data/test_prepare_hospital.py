@@ -232,13 +232,45 @@ def test_stays_with_bad_times_or_outcomes_go_to_quarantine(tmp_path):
     raw = layouts.eicu(tmp_path / "raw")
     text = gzip.decompress((raw / "patient.csv.gz").read_bytes()).decode()
     text = text.replace("Expired", "", 1).replace("7002,002-1,42,1,4320", "7002,002-1,42,1,-5")
+    text = text.replace("7004,002-2,", "7004,,").replace("7006,002-3,", ",002-3,")
     (raw / "patient.csv.gz").write_bytes(gzip.compress(text.encode()))
     source = run("eicu", raw, tmp_path / "out", min_stays=3)
     lines = (source.data_dir / "quarantine.jsonl").read_text().splitlines()
-    assert [json.loads(line)["reason"] for line in lines] == [
-        "times of the stay are missing or out of order"
-    ] * 2
-    assert not any(f"stay-{n}" in "".join(lines) for n in (7000, 7002))
+    assert sorted(json.loads(line)["reason"] for line in lines) == [
+        "no patient is named",
+        "no stay is named",
+        "times of the stay are missing or out of order",
+        "wrong label",
+    ]
+    assert not any(f"stay-{n}" in "".join(lines) for n in (7000, 7002, 7004))
+
+
+def test_diagnoses_without_a_text_are_none(tmp_path):
+    raw = layouts.eicu(tmp_path / "raw")
+    lines = [(7000 + n, 60, None) for n in range(40)]
+    layouts.put_gz(
+        raw / "diagnosis.csv.gz", "patientunitstayid,diagnosisoffset,diagnosisstring", lines
+    )
+    assert "codes" not in run("eicu", raw, tmp_path / "out", min_stays=3).modalities
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_series_without_a_time_is_left_out_and_said(tmp_path, capsys):
+    raw = layouts.mimic3(tmp_path / "raw")
+    lines = [(1000, 5000 + n, 211, 1e30, 70, 0) for n in range(40)]
+    heading = "subject_id,hadm_id,itemid,charttime,valuenum,error"
+    layouts.put_gz(raw / "CHARTEVENTS.csv.gz", heading, lines)
+    assert "vitals" not in run("mimic3", raw, tmp_path / "out", min_stays=3).modalities
+    said = capsys.readouterr().out
+    assert "vitals events without a time: " in said
+    assert "modalities not there: vitals" in said
+
+
+def test_tables_of_other_patients_are_refused(tmp_path):
+    raw = layouts.mimic3(tmp_path / "raw")
+    layouts.put_gz(raw / "PATIENTS.csv.gz", "subject_id,gender,dob", [(1, "F", "2080-01-01")])
+    with pytest.raises(DataError, match="no patient in common"):
+        run("mimic3", raw, tmp_path / "out")
 
 
 def test_options_that_cannot_be(tmp_path):

@@ -116,10 +116,14 @@ def test_label_that_is_nan_is_no_class_0(tmp_path, key, task):
     content = content_of(raw)
     content[key] = content[key].astype(float)
     content[key][published_split(40)["train"][0], 1] = np.nan
+    content[key][published_split(40)["train"][1], 1] = 3  # no class either
     (raw / "im.pk").write_bytes(pickle.dumps(content))
     source = run(raw, "--options", f'{{"task": "{task}"}}', "--max_bad_ratio", "0.1")
-    assert source.info["splits"]["train"]["reasons"] == {"NaN or infinite label": 1}
-    assert source.size("train") == 31
+    assert source.info["splits"]["train"]["reasons"] == {
+        "NaN or infinite label": 1,
+        "wrong label": 1,
+    }
+    assert source.size("train") == 30
 
 
 @pytest.mark.parametrize(("key", "task"), [("adm_labels_all", "mortality"), ("y_icd9", "icd9_1")])

@@ -174,7 +174,7 @@ def test_bad_rows_go_into_quarantine_and_are_counted(tmp_path):
     assert prepare_data.main([*argv, "--max_bad_ratio", "0.5"]) == 0
     lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
     reasons = [json.loads(line)["reason"] for line in lines]
-    assert reasons[:2] == ["wrong label", "infinite value in a table"]
+    assert reasons[:2] == ["wrong label", "infinite or too large value in a table"]
     assert reasons[2:] == ["array file cannot be read", "scan is float32"]
     assert "maybe" not in "".join(lines)
     left_out = TablesData(str(tmp_path / "out")).left_out
@@ -209,9 +209,20 @@ def test_a_table_of_events_may_be_empty(tmp_path):
     assert TablesRaw(raw).parts["labs"].payload("s1") is None
 
 
+@pytest.mark.parametrize("name", ["scans", "wide", "labs", "notes"])
+def test_a_table_of_other_rows_is_refused(tmp_path, name):
+    raw = patient_layouts.tables(tmp_path)
+    path = raw / f"{name}.csv"
+    head, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([head, *(f'"no{line[1:]}' for line in lines)]))  # "s1" -> "no1"
+    with pytest.raises(DataError, match=rf"{name}.csv: none of its .* rows has a 'stay'"):
+        TablesRaw(raw)
+
+
 def test_files_stay_in_the_folder(tmp_path):
-    scans = {"stay": ["s1"], "path": ["../secret.npy"]}
+    scans = {"stay": ["s1", "s2"], "path": ["../secret.npy", "a\0b"]}
     raw = TablesRaw(patient_layouts.tables(tmp_path / "raw", scans=scans))
     np.save(tmp_path / "secret.npy", np.zeros(3))
     found = {row.id: row.fault for row in raw.rows("train")}
     assert found["s1"] == "a file outside the folder of the data"
+    assert found["s2"] == "a file's name with a zero byte"

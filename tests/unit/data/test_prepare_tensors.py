@@ -101,6 +101,6 @@ def test_labels_and_values_that_are_bad_go_to_quarantine(tmp_path):
     path.write_text(path.read_text().replace("1000,1", "1000,2"))
     source = run(raw, "--max_bad_ratio", "0.5")
     assert source.info["splits"]["train"]["reasons"] == {
-        "no label": 1,
+        "wrong label": 1,
         "NaN or infinite values in labs": 1,
     }
