@@ -151,7 +151,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="scVI, scANVI, PCA and Harmony, too")
     parser.add_argument("--only_peers", action="store_true", help="no model of ours")
     parser.add_argument("--genes", type=int, default=2000, help="variable genes of each species")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--jobs", type=int, default=1, help="models of ours at a time")
