@@ -24,6 +24,7 @@ from mm_moe.cells.core import CoreVAE, Posterior, wide
 from mm_moe.cells.counts import GeneRows, Payload, SparseRows, check_payload
 from mm_moe.cells.species import Generated, SpeciesExpert
 from mm_moe.errors import DataError
+from mm_moe.moe.batch_norm import forgetting
 from mm_moe.moe.placed import PlacedExperts, Plan
 
 
@@ -190,7 +191,8 @@ class Passes:
 
     def posterior_of(self, crossing: Crossing) -> Posterior:
         """The posterior of the generated cells, read by the targets' experts; in home order."""
-        found = self._core_of([said.profile for said in crossing.generated], crossing.plan)
+        with forgetting(self.species, self.core):
+            found = self._core_of([said.profile for said in crossing.generated], crossing.plan)
         back_N = torch.argsort(crossing.order_N)
         hidden = {name: values[back_N] for name, values in found.hidden.items()}
         return Posterior(found.mu[back_N], found.logvar[back_N], hidden)

@@ -8,7 +8,8 @@ Axes: N rows, C channels, S places of a channel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean_C", torch.zeros(channels))
         self.register_buffer("running_var_C", torch.ones(channels))
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None  # None: there is one process
+        self.remembers = True
 
     def forward(self, x_NCHW: Tensor, *, blank: bool = False) -> Tensor:
         """Normalised channels, shaped as `x_NCHW`; `blank` marks the blank row."""
@@ -52,7 +54,7 @@ class BatchNorm(nn.Module):
                 self.weight,
                 self.bias,
                 training=True,
-                momentum=self.momentum,
+                momentum=self.momentum if self.remembers else 0.0,
                 eps=self.eps,
             )
         return self._by_batch(x_NCHW, blank=blank)
@@ -85,7 +87,22 @@ class BatchNorm(nn.Module):
 
     @torch.no_grad()
     def _remember(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:
+        if not self.remembers:
+            return
         unbiased_C = var_C * (count / (count - 1).clamp(min=1))
         # as data: an earlier pass of the same step keeps them for its backward, and reads nothing
         self.running_mean_C.data.lerp_(mean_C.to(self.running_mean_C.dtype), self.momentum)
         self.running_var_C.data.lerp_(unbiased_C.to(self.running_var_C.dtype), self.momentum)
+
+
+@contextmanager
+def forgetting(*modules: nn.Module) -> Iterator[None]:
+    """Rows that are no data: batch norms inside use their statistics and do not keep them."""
+    found = [m for one in modules for m in one.modules() if isinstance(m, BatchNorm)]
+    for norm in found:
+        norm.remembers = False
+    try:
+        yield
+    finally:
+        for norm in found:
+            norm.remembers = True

@@ -203,3 +203,12 @@ def test_what_a_model_cannot_do_is_refused():
         ready(alone, cycle_weight=1.0)
     with pytest.raises(ConfigError, match="CellVAE"):
         ready(torch.nn.Linear(1, 1))
+
+
+def test_generated_cells_leave_the_running_statistics_alone():
+    norms = {"expert_norm": "batch", "core_norm": "batch"}
+    plain, crossed = model(**norms).train(), model(**norms).train()
+    ready(plain)(plain, batch("hmhm"))
+    ready(crossed, latent_cycle_weight=1.0)(crossed, batch("hmhm"))
+    for mine, theirs in zip(plain.buffers(), crossed.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
