@@ -20,12 +20,13 @@ from eval.metrics import IN_UNITS_OF_THE_LABEL
 from eval.report import score_table
 from mm_moe.checkpoint.hub import scrub
 from mm_moe.checkpoint.hub_stage import put
+from mm_moe.registry import FILLS
 
 CARD = "README.md"
 # What the report draws, in the card's order.
 PICTURES = {"expert_load.png": "Load of the experts", "training_loss.png": "Training loss"}
 _PLACE = re.compile(r"^(--[\w-]+=)?(~|/|\.\.?/|[A-Za-z]:\\).*")
-_OWN_SETTINGS = ("backbone", "prompt", "num_experts", "top_k_experts", "router", "moe_mode")
+_OWN_SETTINGS = ("router", "moe_mode", "fusion", "fusion_config", "fill", "fill_config")
 
 
 def write_card(
@@ -136,13 +137,31 @@ def _results(record: Mapping[str, Any], scores: Mapping[str, Any]) -> list[EvalR
 
 def _summary(record: Mapping[str, Any]) -> str:
     arguments, data = record["arguments"], record["data"]
-    experts = _plain(arguments["num_experts"])
+    experts = ""
+    if arguments.get("moe_enable", True):
+        count = _plain(arguments["num_experts"])
+        experts = f"{count} experts per sparse layer (top {arguments['top_k_experts']}), "
     return (
         f"# A sparse multimodal model trained on {data['name']}\n\n"
-        f"Backbone `{arguments['backbone']}`, {experts} experts per sparse layer "
-        f"(top {arguments['top_k_experts']}), prompts `{arguments['prompt']}`. In training: "
-        f"{record['missing']['words']}."
+        f"Backbone `{arguments['backbone']}`, {experts}prompts `{arguments['prompt']}`"
+        f"{_fusion(arguments)}. In training: {record['missing']['words']}."
     )
+
+
+def _fusion(arguments: Mapping[str, Any]) -> str:
+    """How modalities meet, and what stands in for missing ones; "" where nothing was asked for."""
+    name, text = arguments.get("fill"), ""
+    if fusion := arguments.get("fusion"):
+        text = f", fusion `{fusion}`"
+    if not name:
+        return text
+    text += f", fill `{name}`: tokens that it makes stand in for missing modalities"
+    if FILLS.resolve(name).needs_supports:
+        text += (
+            ". It makes them from training rows that have the modality. Those are not in this "
+            "folder: a batch in which a modality is missing has to bring them (`supports`)"
+        )
+    return text
 
 
 def _plain(value: Any) -> str:
@@ -201,7 +220,7 @@ def _training(record: Mapping[str, Any]) -> str:
         "learning rate": arguments.get("learning_rate"),
         "pretrained weights": _shown(arguments.get("pretrained")),
     }
-    facts |= {key: arguments[key] for key in _OWN_SETTINGS[4:] if arguments.get(key)}
+    facts |= {key: arguments[key] for key in _OWN_SETTINGS if arguments.get(key)}
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value is not None)
     return (
         f"## Training\n\n```\n{command}\n```\n\n| setting | value |\n| --- | --- |\n{rows}\n\n"
