@@ -23,6 +23,7 @@ from mm_moe.checkpoint.hub_stage import put
 from mm_moe.registry import FILLS
 
 CARD = "README.md"
+PLAIN_FUSION = "concat"  # not worth a word
 # What the report draws, in the card's order.
 PICTURES = {"expert_load.png": "Load of the experts", "training_loss.png": "Training loss"}
 _PLACE = re.compile(r"^(--[\w-]+=)?(~|/|\.\.?/|[A-Za-z]:\\).*")
@@ -151,7 +152,7 @@ def _summary(record: Mapping[str, Any]) -> str:
 def _fusion(arguments: Mapping[str, Any]) -> str:
     """How modalities meet, and what stands in for missing ones; "" where nothing was asked for."""
     name, text = arguments.get("fill"), ""
-    if fusion := arguments.get("fusion"):
+    if (fusion := arguments.get("fusion", PLAIN_FUSION)) != PLAIN_FUSION:
         text = f", fusion `{fusion}`"
     if not name:
         return text
