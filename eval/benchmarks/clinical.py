@@ -33,7 +33,7 @@ from eval.predictions import PredictionFile
 from eval.resamples import interval_of, over_seeds
 
 METRIC, METRICS = "auroc", ("auroc", "auprc", "macro_f1", "brier", "ece")
-RETRIEVERS = ("retriever", "retriever_draws", "similar_retriever")
+RETRIEVERS = ("retriever", "retriever_zero", "retriever_draws", "similar_retriever")
 RESAMPLES = 1000
 TRAIN = "subset:0.5"
 TESTS = ("complete", "subset:0.3", "subset:0.5", "subset:0.7")
@@ -73,6 +73,10 @@ def methods_of(data: str) -> dict[str, list[str]]:
         "retriever_legacy": ["--fill", "retriever", "--fill_config", '{"legacy": true}'],
         "retriever_figure": ["--fill", "retriever"],
         "retriever_draws": ["--fill", "retriever", "--fill_config", '{"num_draws": 8}'],
+        "retriever_zero": [
+            *("--fill", "retriever"),
+            *("--fill_config", '{"around_zero": true, "num_draws": 8}'),
+        ],
         "retriever": ["--fill", "retriever", "--fill_config", json.dumps(ours)],
         "retriever_flex": [
             *("--fill", "retriever", "--fill_config", json.dumps(ours)),

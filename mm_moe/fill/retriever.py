@@ -24,7 +24,8 @@ from mm_moe.moe.settings import MoESettings
 LAYER_NAME = "fill.0"  # of the routing record
 ROUTER = "noisy_candidates"
 NUM_CANDIDATES, NUM_SHARED, TOP_K, GATE_LOSS_COEF = 8, 4, 4, 1e-2  # as published
-GATE_START = 0.02  # what is retrieved starts as large as a default token or smaller
+# Factors of what is retrieved at the start: about as large as a default token; far below one.
+AROUND_DEFAULT, AROUND_ZERO = 0.02, 0.001
 
 
 class RetrieverFill(Fill):
@@ -58,6 +59,8 @@ class RetrieverFill(Fill):
         around_default: what is retrieved is added to learned default tokens, each channel times a
             learned factor of the modality that starts near 0. A retrieved token looks like a real
             one, and does not tell the fusion that the modality is missing; these do. Ours.
+        around_zero: what is retrieved is put in times such factors, and no default token is added:
+            training starts with zero fill, and retrieval grows where it helps. Ours.
         num_draws: times that scoring draws supports for a sample that lacks something; the model's
             logits are averaged over them (multiple imputation). Training draws once a step.
         temperature: of `similar_retriever` alone, which weighs supports; None: its default.
@@ -85,6 +88,7 @@ class RetrieverFill(Fill):
         residual: bool = False,
         segments: bool = False,
         around_default: bool = False,
+        around_zero: bool = False,
         legacy: bool = False,
         num_draws: int = 1,
         temperature: float | None = None,
@@ -101,14 +105,11 @@ class RetrieverFill(Fill):
         self.temperature = self._checked_temperature(temperature)
         self.default = DefaultTokens(shape)
         width = shape.width
+        start = self._gate_start(around_default=around_default, around_zero=around_zero)
+        self.around_default = around_default
         self.gate: nn.Parameter | None = None
-        if flag("around_default", around_default):
-            if self.legacy:
-                raise ConfigError(
-                    "fill_config.legacy is the released behaviour, which knows no around_default; "
-                    "leave one of them out."
-                )
-            self.gate = nn.Parameter(torch.full((len(shape.modalities), width), GATE_START))
+        if start is not None:
+            self.gate = nn.Parameter(torch.full((len(shape.modalities), width), start))
         if width % whole("num_heads", num_heads, least=1):
             raise ConfigError(
                 f"fill_config.num_heads ({num_heads}) must divide the tokens' width ({width})."
@@ -128,6 +129,18 @@ class RetrieverFill(Fill):
         self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = MaskedAttention(width, num_heads=num_heads, dropout=self.dropout)
         self.layer = MoELayer(width=width, hidden=2 * width, settings=settings)
+
+    def _gate_start(self, *, around_default: bool, around_zero: bool) -> float | None:
+        """What the factors of retrieved channels start at; None: there are none."""
+        asked = flag("around_default", around_default), flag("around_zero", around_zero)
+        if not any(asked):
+            return None
+        if self.legacy or all(asked):
+            raise ConfigError(
+                "fill_config: around_default and around_zero exclude each other, and legacy, the "
+                "released behaviour, knows neither; keep one of the three."
+            )
+        return AROUND_DEFAULT if around_default else AROUND_ZERO
 
     def _checked_temperature(self, temperature: float | None) -> float | None:
         if temperature is None:
@@ -169,7 +182,9 @@ class RetrieverFill(Fill):
         pooled_QPH = torch.einsum("qc,qcph->qph", weight_QC.to(y_QCPH.dtype), y_QCPH)
         default_QPH = self.default(cells.modality_Q)
         if self.gate is not None:
-            pooled_QPH = default_QPH + self.gate[cells.modality_Q][:, None] * pooled_QPH
+            pooled_QPH = self.gate[cells.modality_Q][:, None] * pooled_QPH
+        if self.around_default:
+            pooled_QPH = default_QPH + pooled_QPH
         return torch.where(found_Q1[:, None], pooled_QPH, default_QPH), records
 
     def scores(self, cells: Cells, place_QN: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ VARIANTS = {
         {"legacy": True},
         {"residual": True, "segments": True, "dropout": 0.0},
         {"around_default": True},
+        {"around_zero": True},
         {"num_candidates": 1, "num_candidates_shared": 1, "top_k": 1, "num_heads": 2, "beta": 1.0},
     ],
     "mean": [{"momentum": 1.0}],

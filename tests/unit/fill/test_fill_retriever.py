@@ -106,9 +106,10 @@ def test_the_gate_loss_reaches_the_router():
     assert fill.layer.router.noise_weight.grad.any()
 
 
-def test_around_default_adds_to_the_default_tokens():
+@pytest.mark.parametrize("option", ["around_default", "around_zero"])
+def test_what_is_retrieved_is_scaled_and_added_to_default_tokens_or_none(option):
     plain = RetrieverFill(SHAPE, dropout=0.0).eval()
-    around = RetrieverFill(SHAPE, dropout=0.0, around_default=True).eval()
+    around = RetrieverFill(SHAPE, dropout=0.0, **{option: True}).eval()
     around.load_state_dict(plain.state_dict(), strict=False)
     factor = torch.linspace(-1, 2, len(NAMES) * SHAPE.width).view(len(NAMES), SHAPE.width)
     assert around.gate is not None
@@ -117,7 +118,9 @@ def test_around_default_adds_to_the_default_tokens():
     found, base = (f(tokens_of(PRESENT), PRESENT, supports).tokens for f in (around, plain))
     for m, name in enumerate(NAMES):
         gone = ~PRESENT[:, m]
-        expected = plain.default.tokens_MPH[m] + factor[m] * base[name][gone]
+        expected = factor[m] * base[name][gone]
+        if option == "around_default":
+            expected = expected + plain.default.tokens_MPH[m]
         assert torch.allclose(found[name][gone], expected, atol=1e-6)
         assert torch.equal(found[name][~gone], base[name][~gone])
 
@@ -149,7 +152,8 @@ def test_similar_supports_weigh_more():
         ({"num_heads": 3}, r"num_heads \(3\) must divide the tokens' width \(8\)"),
         ({"beta": 1.5}, r"beta \(1.5\) must be a number in 0 to 1"),
         ({"around_default": 1}, r"around_default \(1\) must be true or false"),
-        ({"around_default": True, "legacy": True}, "leave one of them out"),
+        ({"around_default": True, "legacy": True}, "keep one of the three"),
+        ({"around_default": True, "around_zero": True}, "keep one of the three"),
         ({"num_draws": 0}, r"num_draws \(0\) must be a whole number from 1"),
         ({"legacy": "yes"}, r"legacy \('yes'\) must be true or false"),
         ({"gate_loss_coef": float("nan")}, r"gate_loss_coef \(nan\) must be a number from 0"),
