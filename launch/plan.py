@@ -113,6 +113,8 @@ def main(argv: list[str]) -> int:
             "the planner knows models of one member; plan each member by itself, without "
             "--experts_over, and add them up."
         )
+    from launch.own_models import own_model
+    from launch.plan_own import OwnPlanner
     from launch.plan_report import report
     from launch.planning import Machine, Planner, host_memory
     from launch.run import check
@@ -138,7 +140,8 @@ def main(argv: list[str]) -> int:
         links=Links(near=options.nvlink_gb_s * 1e9, far=options.network_gb_s * 1e9),
         imbalance=options.imbalance,
     )
-    planner = Planner(
+    own = own_model(values.objective) is not None
+    planner = (OwnPlanner if own else Planner)(
         settings,
         source,
         machine=machine,

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from launch.assemble import dense_model
 from launch.cli import Settings
 from launch.model_config import model_config
-from launch.own_models import own_model
 from mm_moe.backbones import blip2
 from mm_moe.backbones.library import first_line, json_fields
 from mm_moe.data.schema import DataSource
-from mm_moe.errors import CheckpointError, ConfigError
+from mm_moe.errors import CheckpointError
 from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.models.modeling import MultimodalMoEModel
 from mm_moe.moe.layer import moe_layers
+from mm_moe.moe.placed import PlacedExperts, placed_layers
 
 # backbones whose shape comes with their weights, as a config of the library
 SHAPE_WITH_WEIGHTS = ("clip", "siglip", "blip2", "text_encoder")
+
+
+AnyShard = TypeVar("AnyShard", bound=nn.Module)
 
 
 def weightless_config(settings: Settings, source: DataSource) -> MultimodalMoEConfig:
@@ -31,14 +36,7 @@ def weightless_config(settings: Settings, source: DataSource) -> MultimodalMoECo
 
     Raises:
         CheckpointError: no readable configuration under the name of the weights.
-        ConfigError: a model without a backbone.
     """
-    if own_model(settings.run.objective) is not None:
-        raise ConfigError(
-            f"the planner counts models with a backbone, and --objective {settings.run.objective} "
-            "trains one of its own kind; a run of a few steps (--max_steps 3 --logging_steps 1) "
-            "logs perf/memory_gb and perf/step_time_s."
-        )
     config = model_config(settings, source, prompt=settings.prompt.prompt)
     name = settings.model.pretrained
     if not name or name == "builtin" or Path(name).is_file():
@@ -87,11 +85,42 @@ def meta_model(settings: Settings, config: MultimodalMoEConfig) -> MultimodalMoE
     return model
 
 
-def shard(model: MultimodalMoEModel, *, ep_size: int) -> MultimodalMoEModel:
-    """A copy with the experts of one process, tagged as `make_expert_parallel` does."""
+def shard(model: AnyShard, *, ep_size: int) -> AnyShard:
+    """A copy with the experts of one process, tagged as `make_expert_parallel` does.
+
+    Of experts of unlike sizes it has the process whose experts are largest.
+    """
     model = copy.deepcopy(model)
+    for placed in placed_layers(model).values():
+        _hold(placed, ep_size)
     for layer in moe_layers(model).values():
         layer.experts = layer.experts.slice(0, layer.num_experts // ep_size)
         for parameter in layer.experts.parameters():
             vars(parameter).update(allreduce=False, group_name=f"ep_size_{ep_size}")
     return model
+
+
+def _hold(layer: PlacedExperts, ep_size: int) -> None:
+    """Keep one process' experts, each parameter in the largest shape at its place."""
+    shapes = {name: dict(part.named_parameters()) for name, part in layer.experts.items()}
+    weights = [sum(p.numel() for p in own.values()) for own in shapes.values()]
+    held = held_names(layer.names, weights=weights, ep_size=ep_size)
+    per_process = len(held)
+    for name in layer.names:
+        if name not in held:
+            del layer.experts[name]
+    for slot, name in enumerate(held):
+        rivals = layer.names[slot::per_process]
+        for own, parameter in layer.experts[name].named_parameters():
+            sizes = [shapes[rival][own].shape for rival in rivals]
+            largest = [max(size) for size in zip(*sizes, strict=True)]
+            parameter.data = parameter.data.new_empty(largest)
+            tags = {"allreduce": False, "group_name": f"ep_size_{ep_size}", "single_expert": True}
+            vars(parameter).update(tags)
+
+
+def held_names(names: Sequence[str], *, weights: Sequence[float], ep_size: int) -> tuple[str, ...]:
+    """The experts of the process that has most to hold; all, where one process has all."""
+    count = len(names) // ep_size
+    first = max(range(0, len(names), count), key=lambda at: sum(weights[at : at + count]))
+    return tuple(names[first : first + count])

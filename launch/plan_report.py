@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from launch.plan_own import OwnPlanner
 from launch.planning import GIB, Planner, hidden_of
 from mm_moe.moe.layer import moe_layers
 from mm_moe.training import exchange
@@ -32,11 +33,9 @@ def work_out(planner: Planner) -> dict[str, Any]:
             "largest_micro_batch": planner.largest(over),
         }
     zero = planner.zero(planner.own_stage)
-    again = planner.timeline(recompute_every=1)
-    saved = planner.memory(samples, planner.overlay(zero, again), again)
     traffic = planner.traffic(zero, samples)
     return {
-        "model": {"backbone": planner.config.backbone, "prompt": planner.config.prompt},
+        "model": _model(planner),
         "processes": planner.machine.world_size,
         "gpus_per_node": planner.machine.gpus_per_node,
         "gpu": planner.machine.gpu,
@@ -50,13 +49,29 @@ def work_out(planner: Planner) -> dict[str, Any]:
         "parameters": {name: dataclasses.asdict(count) for name, count in planner.counts.items()},
         "own_stage": planner.own_stage,
         "memory": stages,
-        "with_activation_checkpointing": _bytes(saved),
+        "with_activation_checkpointing": _recomputed(planner, samples),
         "host_bytes_while_building": planner.build_bytes,
         "traffic": {name: dataclasses.asdict(part) for name, part in traffic.items()},
         "flops_per_step": planner.flops(samples),
         "time": _time(planner, traffic, samples),
         "notes": planner.notes,
     }
+
+
+def _model(planner: Planner) -> dict[str, str]:
+    """What the model is."""
+    if isinstance(planner, OwnPlanner):
+        return {"type": planner.config.model_type}
+    return {"backbone": planner.config.backbone, "prompt": planner.config.prompt}
+
+
+def _recomputed(planner: Planner, samples: int) -> dict[str, Any] | None:
+    """Bytes if every block is computed twice; None for a model without blocks."""
+    if isinstance(planner, OwnPlanner):
+        return None
+    again = planner.timeline(recompute_every=1)
+    over = planner.overlay(planner.zero(planner.own_stage), again)
+    return _bytes(planner.memory(samples, over, again))
 
 
 def _bytes(memory: Memory) -> dict[str, Any]:
@@ -150,11 +165,16 @@ def memory(found: dict[str, Any]) -> list[str]:
         lines.append(f"{mark} {stage:20}{cells}{row['largest_micro_batch']:15,}{fits}")
     again = found["with_activation_checkpointing"]
     own = found["memory"][found["own_stage"]]
+    twice = []
+    if again is not None:
+        twice.append(
+            f"  every block computed twice (--activation_checkpointing): activations "
+            f"{size(again['activations'])}, device {size(again['device'])}"
+        )
     return [
         *lines,
         f"  at the moment that needs most ({own['when']}); * is the DeepSpeed file's stage",
-        f"  every block computed twice (--activation_checkpointing): activations "
-        f"{size(again['activations'])}, device {size(again['device'])}",
+        *twice,
         f"  host memory of a process while it builds the model, all experts in float32: "
         f"{size(found['host_bytes_while_building'])}",
     ]

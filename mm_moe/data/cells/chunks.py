@@ -20,7 +20,7 @@ import numpy as np
 from mm_moe.data.cells.listing import COUNTS_MARK
 from mm_moe.data.cells.pickled_tables import read_table
 from mm_moe.data.cells.rows import Rows
-from mm_moe.data.cells.stores import METADATA_MARK, CellStore, as_text, check_rows
+from mm_moe.data.cells.stores import DAMAGES, METADATA_MARK, CellStore, as_text, check_rows
 from mm_moe.data.reading import reading
 from mm_moe.errors import DataError
 
@@ -165,11 +165,7 @@ class ChunkStore(CellStore):
 
     def _load(self) -> Rows:
         with _whole(self.path), np.load(self.path, allow_pickle=False) as archive:
-            rows = Rows(
-                archive["indptr"].astype(np.int64),
-                archive["indices"].astype(np.int32, copy=False),
-                archive["data"].astype(np.float32, copy=False),
-            )
+            rows = Rows(archive["indptr"], archive["indices"], archive["data"])
         return check_rows(rows, path=self.path, num_genes=self._shape[1], count=self._shape[0])
 
 
@@ -183,8 +179,7 @@ class _whole:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        damages = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-        if isinstance(error, damages):
+        if isinstance(error, (*DAMAGES, EOFError, zipfile.BadZipFile, zlib.error)):
             raise DataError(
                 f"{self.path} is cut, or no sparse matrix of scipy ({type(error).__name__}); get "
                 "the chunk again."

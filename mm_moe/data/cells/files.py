@@ -171,11 +171,33 @@ def wanted_rows(store: CellStore, listed: Listed, dropped: dict[str, np.ndarray]
             there_N = wanted_N & (own_N == label)
             dropped[f"{column} is {label or 'not given'}"] = np.flatnonzero(there_N)
             wanted_N &= ~there_N
+    if not store.num_rows:
+        raise DataError(f"{store.path} holds no cell; leave it out.")
     if not wanted_N.any():
         raise DataError(
             f"{store.path} has no cell with {dict(listed.only)}; it has {store.num_rows:,} others."
         )
     return wanted_N
+
+
+def refuse_repeated(rows: Rows, *, store: CellStore, begin: int) -> None:
+    """Refuse cells that have a gene more than once: which of its values counts?
+
+    Raises:
+        DataError: names the first cell and its gene.
+    """
+    row_R = np.repeat(np.arange(len(rows.crow) - 1), np.diff(rows.crow))
+    key_R = row_R * np.int64(len(store.genes)) + rows.col
+    if (np.diff(key_R) > 0).all():
+        return
+    key_R = np.sort(key_R)  # not by gene in the file, which is fine
+    again = np.flatnonzero(np.diff(key_R) == 0)
+    if len(again):
+        row, gene = divmod(int(key_R[again[0]]), len(store.genes))
+        raise DataError(
+            f"{store.path}: cell {store.names[begin + row]!r} (row {begin + row:,}) has gene "
+            f"{store.genes[gene]!r} twice; add such values up (scipy: matrix.sum_duplicates())."
+        )
 
 
 def check_values(rows: Rows, *, store: CellStore, begin: int, counts: bool) -> None:
@@ -184,6 +206,7 @@ def check_values(rows: Rows, *, store: CellStore, begin: int, counts: bool) -> N
     Raises:
         DataError: names the first cell, its gene and the value.
     """
+    refuse_repeated(rows, store=store, begin=begin)
     good_R = (rows.val >= 0) & np.isfinite(rows.val)
     if counts:
         good_R &= rows.val == np.floor(rows.val)
@@ -226,7 +249,6 @@ def scan(
         return CellFile(listed, store, None, kept, store.library(), dropped, keep=keep)
     refuse_mixed(store, listed)
     wanted_N = wanted_rows(store, listed, dropped)
-    bool(listed.prefix) and not listed.only
     blocks: list[Rows] = []
     library_N, total_N = np.zeros(store.num_rows), np.zeros(store.num_rows)
     for begin in range(0, store.num_rows, SCANNED):

@@ -7,6 +7,8 @@ columns (CSC) has its rows all over the file: it is read whole, once, and refuse
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,22 @@ from typing import Any
 import numpy as np
 
 from mm_moe.data.cells.rows import Rows
-from mm_moe.data.cells.stores import CellStore, as_text, check_rows
+from mm_moe.data.cells.stores import DAMAGES, CellStore, as_text, check_rows
 from mm_moe.errors import ConfigError, DataError
 
 CSC_LIMIT = 100_000_000  # entries of a matrix by columns that are turned in memory, about 1.6 GB
 RAW = "raw"
+
+
+@contextmanager
+def whole(path: Path, where: str) -> Iterator[None]:
+    """Turn what damaged bytes lead to into a DataError that names file and place."""
+    try:
+        yield
+    except DAMAGES as error:
+        raise DataError(
+            f"{path} is cut or damaged at {where} ({type(error).__name__}); get the file again."
+        ) from error
 
 
 class H5adStore(CellStore):
@@ -42,11 +55,12 @@ class H5adStore(CellStore):
         self._handle: Any = None
         self._owner = 0
         self._turned: Rows | None = None
-        matrix = self._matrix
-        self._sparse = "data" in matrix if self._is_group(matrix) else False
-        encoding = matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "csr"))
-        self._by_columns = self._sparse and str(encoding).startswith("csc")
-        self._check_shape(csc_limit)
+        with whole(path, self._matrix_place):
+            matrix = self._matrix
+            self._sparse = "data" in matrix if self._is_group(matrix) else False
+            encoding = matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "csr"))
+            self._by_columns = self._sparse and str(encoding).startswith("csc")
+            self._check_shape(csc_limit)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None, "_owner": 0}
@@ -110,7 +124,8 @@ class H5adStore(CellStore):
     @property
     def num_entries(self) -> int:
         """Stored values; all of a dense matrix."""
-        return len(self._matrix["data"]) if self._sparse else self._shape[0] * self._shape[1]
+        with whole(self.path, self._matrix_place):
+            return len(self._matrix["data"]) if self._sparse else self._shape[0] * self._shape[1]
 
     def _table(self, place: str) -> Any:
         """A table of the file, as pandas."""
@@ -149,11 +164,12 @@ class H5adStore(CellStore):
 
     def column(self, name: str) -> np.ndarray:
         """One column of `obs`."""
-        return as_text(self._obs[self.need_column(name)])
+        with whole(self.path, f"the column {name!r}"):
+            return as_text(self._obs[self.need_column(name)])
 
     def read(self, begin: int, end: int) -> Rows:
         """A range of cells."""
-        try:
+        with whole(self.path, f"the cells {begin:,} to {end:,}"):
             if self._by_columns:
                 return self._turned_rows().take(np.arange(begin, end))
             if not self._sparse:
@@ -164,14 +180,9 @@ class H5adStore(CellStore):
                 raise OSError("the arrays end before the rows do")
             rows = Rows(
                 self._crow[begin : end + 1] - first,
-                indices[first:last].astype(np.int32, copy=False),
-                data[first:last].astype(np.float32, copy=False),
+                indices[first:last],
+                data[first:last],
             )
-        except OSError as error:
-            raise DataError(
-                f"{self.path} is cut or damaged at the cells {begin:,} to {end:,}; get the file "
-                "again."
-            ) from error
         return check_rows(rows, path=self.path, num_genes=len(self.genes), count=end - begin)
 
     @cached_property
@@ -185,10 +196,14 @@ class H5adStore(CellStore):
             import scipy.sparse
 
             parts = [self._matrix[name][:] for name in ("data", "indices", "indptr")]
-            try:
-                turned = scipy.sparse.csc_matrix(tuple(parts), shape=self._shape).tocsr()
-            except ValueError as error:
-                raise OSError("no sparse matrix") from error
+            data, indices, indptr = parts
+            cells, genes = self._shape
+            try:  # scipy follows wrong places out of its memory
+                columns = Rows(indptr, indices, data)
+                check_rows(columns, path=self.path, num_genes=cells, count=genes)
+            except DataError as error:  # whose words are those of rows
+                raise ValueError("no compressed columns") from error
+            turned = scipy.sparse.csc_matrix((data, indices, indptr), shape=(cells, genes)).tocsr()
             self._turned = Rows(
                 turned.indptr.astype(np.int64),
                 turned.indices.astype(np.int32),

@@ -62,7 +62,21 @@ def listed_files(files: Mapping[str, Any] | None, folder: Path) -> list[Listed]:
                 found += _entry(species, own, folder, split)
         else:
             found += _entry(species, entry, folder, None)
+    _refuse_twice(found)
     return found
+
+
+def _refuse_twice(found: Sequence[Listed]) -> None:
+    """Refuse cells that would be read twice, perhaps in two splits."""
+    seen: set[tuple[Any, ...]] = set()
+    for one in found:
+        key = (one.path.resolve(), one.prefix, tuple(sorted(one.only.items())))
+        if key in seen:
+            raise ConfigError(
+                f"the files option names {one.path.name} twice, the second time for "
+                f'{one.species!r}; name a file once, or say with "only" which of its cells.'
+            )
+        seen.add(key)
 
 
 def _by_first_word(folder: Path) -> dict[str, list[str]]:
@@ -105,8 +119,11 @@ def _entry(species: str, entry: Any, folder: Path, split: str | None) -> list[Li
 
 
 def _only(species: str, given: Any) -> dict[str, tuple[str, ...]]:
-    if not isinstance(given, Mapping):
-        raise ConfigError(f'"only" of {species!r} must be an object: {{"species": "hg19"}}.')
+    lists = given.values() if isinstance(given, Mapping) else [None]
+    if not all(isinstance(labels, str | list | tuple) for labels in lists):
+        raise ConfigError(
+            f'"only" of {species!r} must be an object of labels: {{"species": "hg19"}}.'
+        )
     return {
         column: (labels,) if isinstance(labels, str) else tuple(map(str, labels))
         for column, labels in given.items()

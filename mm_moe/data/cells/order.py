@@ -28,12 +28,14 @@ def check_sampler(sampler: str, run: int) -> None:
     Raises:
         ConfigError: an unknown name, or a run of no cell.
     """
-    if sampler not in SAMPLERS:
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
         raise ConfigError(
-            f"unknown species sampler {sampler!r}; {nearest(sampler, list(SAMPLERS))}"
+            f"unknown species sampler {sampler!r}; {nearest(str(sampler), list(SAMPLERS))}"
         )
-    if run < 1:
-        raise ConfigError(f"run ({run}) must be at least 1: cells of one species in succession.")
+    if isinstance(run, bool) or not isinstance(run, int) or run < 1:
+        raise ConfigError(
+            f"run ({run!r}) must be a whole number from 1: cells of one species in succession."
+        )
 
 
 def turns(sizes: Sequence[int], *, sampler: str, run: int, key: str) -> np.ndarray:

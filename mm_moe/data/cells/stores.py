@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 
 from mm_moe.data.cells.listing import Listed
-from mm_moe.data.cells.rows import Rows
+from mm_moe.data.cells.rows import PLACE, VALUE, Rows
 from mm_moe.errors import DataError
 
+# what HDF5, zip, numpy and scipy raise at bytes that are not what they should be
+DAMAGES = (OSError, ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, MemoryError)
+KINDS = ("iu", "iu", "biuf")  # of numpy: where rows begin, places of genes, values
 METADATA_MARK = "_metadata_"  # {species}_counts_{k}.npz has {species}_metadata_{k} beside it
 
 
@@ -110,20 +113,23 @@ def as_text(values: Any) -> np.ndarray:
 
 
 def check_rows(rows: Rows, *, path: Path, num_genes: int, count: int) -> Rows:
-    """The rows, if they are compressed rows of that many genes at all.
+    """The rows in the types that all readers give, if they are rows of that many genes at all.
 
     Raises:
         DataError: they are not: the file was cut or damaged.
     """
     crow, col, val = rows
-    whole = len(crow) == count + 1 and crow[0] == 0 and crow[-1] == len(col) == len(val)
+    kinds = [part.ndim == 1 and part.dtype.kind in KINDS[n] for n, part in enumerate(rows)]
+    whole = all(kinds) and len(crow) == count + 1
+    whole = whole and crow[0] == 0 and crow[-1] == len(col) == len(val)
     fits = whole and (np.diff(crow) >= 0).all()
     if not fits or (len(col) and not (col.min() >= 0 and col.max() < num_genes)):
         raise DataError(
             f"{path} is cut or damaged: its sparse rows do not fit its {num_genes:,} genes and "
             f"{count:,} cells; get the file again."
         )
-    return rows
+    crow = crow.astype(np.int64, copy=False)
+    return Rows(crow, col.astype(PLACE, copy=False), val.astype(VALUE, copy=False))
 
 
 def open_stores(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mm_moe.errors import DataError
 
 INDICES, CELL_VALUES, CELL, LIBRARY = "indices", "values", "cell", "library"
 GENES, CHECKED = b"genes", b"checked"  # keys of the schema
+NUMBERS = (pa.types.is_integer, pa.types.is_floating)
 OWN = (INDICES, CELL_VALUES, CELL, LIBRARY)
 
 
@@ -39,11 +41,10 @@ class TableStore(CellStore):
         self._owner = 0
         self._group: tuple[int, Rows] | None = None
         schema = self._file.schema_arrow
-        lost = [name for name in (INDICES, CELL_VALUES) if name not in schema.names]
-        if lost or GENES not in (schema.metadata or {}):
+        lacks = next(_lacks(schema), None)
+        if lacks is not None:
             raise DataError(
-                f"{path} is no table of cells: it lacks "
-                f"{', '.join(lost) or 'the names of genes in its schema'}; make one with "
+                f"{path} is no table of cells: it lacks {lacks}; make one with "
                 "`python launch/prepare_data.py cells --source FOLDER --output DIR`."
             )
         self._about = dict(schema.metadata)
@@ -66,9 +67,15 @@ class TableStore(CellStore):
     def genes(self) -> tuple[str, ...]:
         """Names in the schema."""
         try:
-            return tuple(map(str, json.loads(self._about[GENES])))
-        except ValueError as error:
-            raise DataError(f"{self.path}: the names of its genes are damaged.") from error
+            found = json.loads(self._about[GENES])
+        except ValueError:
+            found = None
+        if not isinstance(found, list):
+            raise DataError(
+                f"{self.path}: the names of its genes (key 'genes' of the schema) are no JSON "
+                "list; write the file again."
+            )
+        return tuple(map(str, found))
 
     @property
     def num_rows(self) -> int:
@@ -107,7 +114,13 @@ class TableStore(CellStore):
 
     def library(self) -> np.ndarray:
         """The stored sums (N,)."""
-        return self._table[LIBRARY].to_numpy().astype(np.float64)
+        found = self._table[LIBRARY].to_numpy().astype(np.float64)
+        if not (np.isfinite(found) & (found > 0)).all():
+            raise DataError(
+                f"{self.path}: the sum of a cell (column {LIBRARY!r}) is not above 0; write the "
+                "file again."
+            )
+        return found
 
     @cached_property
     def _edges(self) -> np.ndarray:
@@ -131,18 +144,36 @@ class TableStore(CellStore):
             lists = [table[name].combine_chunks() for name in (INDICES, CELL_VALUES)]
             lists = [one.chunk(0) if isinstance(one, pa.ChunkedArray) else one for one in lists]
             crow, other = (np.asarray(one.offsets, dtype=np.int64) for one in lists)
-            if lists[0].null_count or not np.array_equal(crow - crow[0], other - other[0]):
+            flat = [one.flatten() for one in lists]
+            whole = not any(one.null_count for one in (*lists, *flat))
+            if not whole or not np.array_equal(crow - crow[0], other - other[0]):
                 raise DataError(
-                    f"{self.path}: a cell has more genes than values; write the file again."
+                    f"{self.path}: a cell has an empty place, or more genes than values; write "
+                    "the file again."
                 )
-            rows = Rows(
-                crow - crow[0],
-                lists[0].flatten().to_numpy().astype(np.int32, copy=False),
-                lists[1].flatten().to_numpy().astype(np.float32, copy=False),
-            )
-            check_rows(rows, path=self.path, num_genes=len(self.genes), count=len(crow) - 1)
+            rows = Rows(crow - crow[0], *(one.to_numpy(zero_copy_only=False) for one in flat))
+            rows = check_rows(rows, path=self.path, num_genes=len(self.genes), count=len(crow) - 1)
+            if self.checked is not None and not (rows.val >= 0).all():
+                raise DataError(f"{self.path} holds a value below 0; write the file again.")
             self._group = (number, rows)
         return self._group[1]
+
+
+def _lacks(schema: pa.Schema) -> Iterator[str]:
+    """What a file of cells has and this one has not."""
+    kinds = {name: schema.field(name).type for name in set(schema.names)}
+    for name, numbers in ((INDICES, (pa.types.is_integer,)), (CELL_VALUES, NUMBERS)):
+        kind = kinds.get(name, pa.null())
+        lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        if not lists or not any(fits(kind.value_type) for fits in numbers):
+            what = "whole numbers" if name == INDICES else "numbers"
+            yield f"a column {name!r} of lists of {what}"
+    about = schema.metadata or {}
+    if GENES not in about:
+        yield "the names of genes in its schema"
+    sums = kinds.get(LIBRARY, pa.null())
+    if CHECKED in about and not any(fits(sums) for fits in NUMBERS):
+        yield f"the sums of its cells (column {LIBRARY!r})"
 
 
 def cells_schema(*, genes: tuple[str, ...], columns: tuple[str, ...], checked: str) -> pa.Schema:

@@ -62,6 +62,13 @@ class Vocabulary:
                 'names) and "conditions" (column -> labels).'
             )
         genes, conditions = given["genes"], given["conditions"]
+        for name, words in (("genes", genes), ("conditions", conditions)):
+            lists = words.values() if isinstance(words, Mapping) else [None]
+            if not all(isinstance(own, list | tuple) for own in lists):
+                raise ConfigError(f'"{name}" of the vocabulary must be an object of lists.')
+        for name, own in genes.items():
+            if len(set(own)) < len(own):
+                raise ConfigError(f"the vocabulary has a gene of {name!r} twice.")
         return cls(
             {name: tuple(map(str, own)) for name, own in genes.items()},
             {name: tuple(map(str, own)) for name, own in conditions.items()},

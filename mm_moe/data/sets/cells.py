@@ -116,6 +116,7 @@ class CellsData(DataSource):
             if value not in known:
                 raise ConfigError(f"{option} is {value!r}; it must be {' or '.join(known)}.")
         check_sampler(sampler, run)
+        _check_options(conditions, shares=shares, memory_mib=memory_mib)
         self.name, self.license, self.memory_mib = name, license, memory_mib
         self.sampler, self.run, self.genes, self.values = sampler, run, genes, values
         self.label, self.group, self.layer, self.pickles = label, group, layer, pickles
@@ -343,3 +344,22 @@ def _all_cells(source: CellsData, split: str) -> Iterator[dict[str, Any]]:
     for rows in source.species_rows(split).values():
         for place in rows.in_order():
             yield {PLACE: place}
+
+
+def _check_options(conditions: Any, *, shares: Any, memory_mib: Any) -> None:
+    """Refuse options of another kind.
+
+    Raises:
+        ConfigError: names the option, its value and the rule.
+    """
+    texts = isinstance(conditions, list | tuple) and all(isinstance(c, str) for c in conditions)
+    if not texts or len(set(conditions)) < len(conditions):
+        raise ConfigError(f"conditions ({conditions!r}) must be a list of different columns.")
+    if not isinstance(shares, list | tuple) or not all(map(_number, shares)):
+        raise ConfigError(f"shares ({shares!r}) must be a list of three numbers.")
+    if not _number(memory_mib):
+        raise ConfigError(f"memory_mib ({memory_mib!r}) must be a number.")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -236,7 +236,7 @@ def test_a_cut_file_is_told(tmp_path):
     ("options", "words"),
     [
         ({"sampler": "uniforn"}, "did you mean uniform"),
-        ({"run": 0}, "at least 1"),
+        ({"run": 0}, "whole number from 1"),
         ({"values": "counted"}, "counts or normalised"),
         ({"shares": (0.5, 0.1, 0.1)}, "sum to 1"),
         ({"split_by": "a", "split_column": "b"}, "not both"),
