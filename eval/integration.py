@@ -37,11 +37,14 @@ from eval.cell_tables import (
 from eval.cell_types import coarse, marked_types
 from eval.generation_scores import by_type, critic_auc, cross_correlation, mean, reconstruction
 from eval.integration_scores import integration_scores, label_transfer, posterior_collapse
+from mm_moe.arguments import parse_json
 from mm_moe.cells.modeling import CellVAE
 from mm_moe.data.sets.cells import CellsData
 from mm_moe.errors import CheckpointError, ConfigError, DataError, MMMoEError
+from mm_moe.registry import nearest
 
 RUN_FILE, MODEL_FOLDER = "run.json", "final"
+TYPES = "cell_type"  # the usual column of types; genes mark them where no file has it
 LEAST_OF_A_TYPE = 5  # cells of a type in a species, below which its mean profile says little
 MARKED, PUBLISHED = "genes that mark a lineage", "a column of the cells"
 
@@ -195,30 +198,67 @@ def read_run(folder: Path, data_dir: str | None) -> tuple[CellVAE, CellsData]:
     """The model of a run, and its data with the genes and labels that the model knows.
 
     Raises:
-        CheckpointError: no run, or not one of a cell autoencoder.
+        CheckpointError: no run, or not one of a cell autoencoder, or a damaged one.
         ConfigError: no folder of data.
+        DataError: data that are not in order.
     """
-    try:
-        saved = json.loads((folder / RUN_FILE).read_text())["arguments"]
-        options = dict(saved["dataset_options"] or {})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{str(folder)!r} is no run: it has no readable {RUN_FILE}; name a folder that "
-            "launch/train.py wrote."
-        ) from error
-    kind = json.loads((folder / MODEL_FOLDER / "config.json").read_text()).get("model_type")
+    saved = _fields(folder / RUN_FILE).get("arguments")
+    if not isinstance(saved, dict) or "dataset" not in saved:
+        raise CheckpointError(_no_run(folder / RUN_FILE))
+    options = _options(saved)
+    kind = _fields(folder / MODEL_FOLDER / "config.json").get("model_type")
     if kind != CellVAE.config_class.model_type or saved["dataset"] != "cells":
         raise CheckpointError(
             f"{str(folder)!r} holds a model of type {kind!r} and data set {saved['dataset']!r}; "
             "integration is scored for the objective mmvae on --dataset cells."
         )
-    model = CellVAE.from_pretrained(folder / MODEL_FOLDER).eval()
+    model = _model(folder / MODEL_FOLDER)
     words = {"genes": model.config.genes, "conditions": model.config.conditions}
     place = data_dir or saved.get("data_dir")
     if place is None:
         raise ConfigError("where are the cells? Give --data_dir.")
     options.pop("conditions", None)
-    return model, CellsData(place, **{**options, "vocabulary": words})
+    try:
+        return model, CellsData(place, **{**options, "vocabulary": words})
+    except TypeError as error:
+        raise ConfigError(f"dataset_options of {str(folder / RUN_FILE)!r}: {error}.") from error
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    """A JSON object of a run."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(_no_run(file)) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(_no_run(file))
+    return found
+
+
+def _no_run(file: Path) -> str:
+    return (
+        f"{str(file)!r} is not there or cannot be read, so this is no run that ended; name a "
+        "folder that launch/train.py wrote."
+    )
+
+
+def _options(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The data set's options, which a run keeps as an object or as its text."""
+    found = saved.get("dataset_options")
+    return parse_json("dataset_options", found) if isinstance(found, str) else dict(found or {})
+
+
+def _model(folder: Path) -> CellVAE:
+    """The model, in evaluation mode."""
+    try:
+        return CellVAE.from_pretrained(folder).eval()
+    except MMMoEError:
+        raise
+    except Exception as error:  # the library and safetensors have one for each kind of damage
+        raise CheckpointError(
+            f"the model in {str(folder)!r} cannot be read ({type(error).__name__}); publish a "
+            "checkpoint again with launch/export.py."
+        ) from error
 
 
 def evaluate(folder: Path, *, data_dir: str | None, types: str, split: str) -> dict[str, Any]:
@@ -226,6 +266,7 @@ def evaluate(folder: Path, *, data_dir: str | None, types: str, split: str) -> d
     from eval.integration_report import write_page
 
     model, source = read_run(folder, data_dir)
+    _check_types(source, types)
     tables, told = split_tables(source, types=types)
     if split not in tables:
         raise ConfigError(f"no split {split!r}; there are {', '.join(tables)}.")
@@ -237,6 +278,8 @@ def evaluate(folder: Path, *, data_dir: str | None, types: str, split: str) -> d
         "split": split,
         "cells": {name: len(table) for name, table in tables[split].items()},
         "types": told,
+        "left_out": dict(source.left_out),
+        "unseen_labels": source.unseen.get(split, {}),
         **found,
     }
     text = json.dumps(finite(document), indent=1, allow_nan=False)
@@ -244,6 +287,17 @@ def evaluate(folder: Path, *, data_dir: str | None, types: str, split: str) -> d
     z = {name: encoded(model, table, name)[0] for name, table in tables["all"].items()}
     write_page(finite(document), z=z, tables=tables["all"], folder=folder)
     return document
+
+
+def _check_types(source: CellsData, types: str) -> None:
+    """Refuse a column that was asked for and that no file has.
+
+    Raises:
+        ConfigError: it is misspelt, most likely.
+    """
+    known = sorted({name for file in source.files for name in file.store.columns})
+    if types not in ("", TYPES, *known):
+        raise ConfigError(f"no file has a column {types!r}; {nearest(types, known)}")
 
 
 def finite(value: Any) -> Any:
@@ -284,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a folder that launch/train.py wrote")
     parser.add_argument("--data_dir", help="folder of the cells, where it has moved")
-    parser.add_argument("--types", default="cell_type", help="column with the cells' types")
+    parser.add_argument("--types", default=TYPES, help="column with the cells' types")
     parser.add_argument("--split", default="test", help="whose cells are scored; or all")
     options = parser.parse_args(argv)
     library_logging.disable_progress_bar()

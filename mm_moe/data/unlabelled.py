@@ -27,7 +27,7 @@ class Unlabelled(DataSource):
         self.name, self.modalities, self.license = source.name, source.modalities, source.license
         self.label_names, self.problem_type, self.task = (), NO_LABEL, None
         self.sequences, self.array_shapes = source.sequences, source.array_shapes
-        self.private = source.private
+        self.private, self.left_out = source.private, source.left_out
 
     def splits(self) -> tuple[str, ...]:
         """Those of the data set."""

@@ -150,6 +150,11 @@ class CellsData(DataSource):
             file = scan(store, one, place_G=place_G, counts=counts, keep=keep)
             self._files.append(file)
             self._count(file, moved)
+        self.left_out = {
+            f"{species}: {reason}": count
+            for species, counts in self.dropped.items()
+            for reason, count in counts.items()
+        }
         self._genes = gene_lists
         self._species = [one.species for one in self.listing]
         self._widths = [len(gene_lists[species]) for species in self._species]
