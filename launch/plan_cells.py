@@ -23,6 +23,7 @@ from mm_moe.cells.modeling import CellVAE
 from mm_moe.moe.parallel_exchange import Permute
 from mm_moe.moe.placed import LocalPlacement, Plan
 from mm_moe.training.timeline import Timeline
+from pretrain.cell_anchors import anchor_places
 from pretrain.mmvae import CellObjective
 
 GENES, CELLS, ENTRIES = (40, 120), (6, 40), (2, 20)  # from which small sizes are drawn
@@ -31,12 +32,17 @@ SPARE = 3  # recordings beyond the number of units, that tell whether these are 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one recording: species -> genes, cells of the group, entries of a cell; cells here."""
+    """Of one recording: species -> genes, cells of the group, entries of a cell; cells here.
+
+    Attributes:
+        anchors: genes that mean the same in all species; 0: there are none.
+    """
 
     genes: dict[str, int]
     cells: dict[str, int]
     entries: dict[str, int]
     home: dict[str, int]
+    anchors: int = 0
 
 
 class _Arrive(torch.autograd.Function):
@@ -138,16 +144,23 @@ def record_cells(
         return _small(config, objective(), sizes, held=held, ep_size=ep_size, half=half)
 
     drawn = np.random.default_rng(0)
-    count = len(units_of(_draw(names, drawn))) + SPARE
-    found = factors(build, [_draw(names, drawn) for _ in range(count)], units_of)
-    return _timeline(found, names, genes, entries, held, spread=ep_size > 1)
+    first = objective()
+    anchors = 0
+    if first.anchor_weight:
+        anchors = len(next(iter(anchor_places(first.anchors, config.genes).values())))
+    count = len(units_of(_draw(names, drawn, anchors=bool(anchors)))) + SPARE
+    small = [_draw(names, drawn, anchors=bool(anchors)) for _ in range(count)]
+    found = factors(build, small, units_of)
+    real = Sizes(genes, dict.fromkeys(names, 0), {}, {}, anchors)
+    return _timeline(found, names, real, entries, held, spread=ep_size > 1)
 
 
-def _draw(names: tuple[str, ...], drawn: np.random.Generator) -> Sizes:
+def _draw(names: tuple[str, ...], drawn: np.random.Generator, *, anchors: bool) -> Sizes:
     def each(low: int, high: int) -> dict[str, int]:
         return {name: int(drawn.integers(low, high)) for name in names}
 
-    return Sizes(each(*GENES), each(*CELLS), each(*ENTRIES), each(*CELLS))
+    count = int(drawn.integers(*ENTRIES)) if anchors else 0
+    return Sizes(each(*GENES), each(*CELLS), each(*ENTRIES), each(*CELLS), count)
 
 
 def _units(sizes: Sizes, held: tuple[str, ...], *, spread: bool) -> dict[str, float]:
@@ -160,6 +173,11 @@ def _units(sizes: Sizes, held: tuple[str, ...], *, spread: bool) -> dict[str, fl
         for name, count in sizes.cells.items()
         for other in held
     }
+    if sizes.anchors:
+        found["A"] = float(sizes.anchors)
+        found |= {f"{name} x A": float(n * sizes.anchors) for name, n in sizes.cells.items()}
+    if spread and sizes.anchors:
+        found |= {f"home {name} x A": float(n * sizes.anchors) for name, n in sizes.home.items()}
     if spread:
         found |= {f"home N {name}": float(n) for name, n in sizes.home.items()}
         found |= {
@@ -171,21 +189,25 @@ def _units(sizes: Sizes, held: tuple[str, ...], *, spread: bool) -> dict[str, fl
 def _timeline(
     found: Factors,
     names: tuple[str, ...],
-    genes: Mapping[str, int],
+    real: Sizes,
     entries: Mapping[str, float],
     held: tuple[str, ...],
     *,
     spread: bool,
 ) -> Timeline:
+    genes, anchors = real.genes, float(real.anchors)
     constant: dict[str, float] = {"1": 1.0, **{f"G {name}": float(genes[name]) for name in held}}
+    constant["A"] = anchors
     sample: dict[str, float] = {}
     if spread:
         sample |= {f"home N {name}": 1 / len(names) for name in names}
         sample |= {f"home T {name}": entries[name] / len(names) for name in names}
+        sample |= {f"home {name} x A": anchors / len(names) for name in names}
     rows = [
         {
             f"N {name}": 1.0,
             f"T {name}": entries[name],
+            f"{name} x A": anchors,
             **{f"{name} x {other}": float(genes[other]) for other in held},
         }
         for name in names
@@ -213,10 +235,15 @@ def _small(
             if name not in held:
                 del model.species.experts[name]
     model = model.bfloat16() if half else model
+    if sizes.anchors:  # the first genes of each species
+        first = list(map(str, range(sizes.anchors)))
+        objective.anchors = {name: first for name in sizes.genes}
     objective.prepare(model, device=torch.device("cpu"), seed=0)
     others = []
     if objective.adversary is not None:
         others.append(objective.adversary.optimizer)
+    if objective.anchor is not None:
+        others.append(objective.anchor.held.optimizer)
     if objective.critics is not None:
         objective.critics.most_auc = float("inf")  # none rests
         others += [critic.optimizer for critic in objective.critics.held.values()]

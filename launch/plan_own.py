@@ -87,7 +87,10 @@ class OwnPlanner(Planner):
     def _notes(self) -> list[str]:
         if not isinstance(self.model, CellVAE):
             return []
-        found = ["a cell passes one species' expert; 'discriminators' are adversaries and critics"]
+        found = [
+            "a cell passes one species' expert; 'discriminators' are adversaries, critics and the "
+            "map to anchors"
+        ]
         for size in range(1, len(self.model.modalities) + 1):
             if len(self.model.modalities) % size == 0:
                 local = shard(self.model, ep_size=size)
@@ -127,6 +130,8 @@ class OwnPlanner(Planner):
             objective.prepare(shard(self.model, ep_size=ep_size), device=nowhere, seed=0)
             if objective.adversary is not None:
                 size += _size(objective.adversary.module)
+            if objective.anchor is not None:
+                size += _size(objective.anchor.held.module)
             if objective.critics is not None:
                 size += sum(_size(one.module) for one in objective.critics.held.values())
         return ParameterCount(size, 0, size, size)

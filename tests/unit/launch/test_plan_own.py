@@ -74,8 +74,11 @@ CONFIG = CellVAEConfig(
 FULL = {"adversary_weight": 1.0, "critic_weight": 1.0, "cycle_weight": 0.1}
 
 
+ANCHORED = {"anchor_weight": 1.0, "anchor_steps": 2}  # the same name: 170 genes
+
+
 @pytest.mark.parametrize(
-    "options", [{}, pytest.param(FULL, marks=pytest.mark.slow)], ids=["plain", "full"]
+    "options", [ANCHORED, pytest.param(FULL, marks=pytest.mark.slow)], ids=["anchored", "full"]
 )
 def test_bytes_at_small_sizes_say_those_at_larger_ones(options):
     def objective() -> CellObjective:
@@ -85,7 +88,8 @@ def test_bytes_at_small_sizes_say_those_at_larger_ones(options):
         CONFIG, objective, entries={"human": 30, "mouse": 20}, ep_size=1, half=False
     )
     rows = {"human": 64, "mouse": 40}
-    sizes = Sizes({"human": 300, "mouse": 170}, rows, {"human": 30, "mouse": 20}, rows)
+    anchors = 170 if "anchor_weight" in options else 0
+    sizes = Sizes({"human": 300, "mouse": 170}, rows, {"human": 30, "mouse": 20}, rows, anchors)
     with torch.random.fork_rng(devices=[]):
         real = record(
             _small(CONFIG, objective(), sizes, held=("human", "mouse"), ep_size=1, half=False)
