@@ -114,9 +114,10 @@ def main(argv: list[str]) -> int:
             "--experts_over, and add them up."
         )
     from launch.own_models import own_model
+    from launch.plan_model import host_memory
     from launch.plan_own import OwnPlanner
     from launch.plan_report import report
-    from launch.planning import Machine, Planner, host_memory
+    from launch.planning import Machine, Planner
     from launch.run import check
     from mm_moe.training.exchange import GPUS, Links
 

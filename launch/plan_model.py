@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from mm_moe.data.schema import DataSource
 from mm_moe.errors import CheckpointError
 from mm_moe.models.configuration import MultimodalMoEConfig
 from mm_moe.models.modeling import MultimodalMoEModel
-from mm_moe.moe.layer import moe_layers
+from mm_moe.moe.layer import MoELayer, moe_layers
 from mm_moe.moe.placed import PlacedExperts, placed_layers
 
 # backbones whose shape comes with their weights, as a config of the library
@@ -124,3 +125,13 @@ def held_names(names: Sequence[str], *, weights: Sequence[float], ep_size: int) 
     count = len(names) // ep_size
     first = max(range(0, len(names), count), key=lambda at: sum(weights[at : at + count]))
     return tuple(names[first : first + count])
+
+
+def hidden_of(layer: MoELayer) -> int:
+    """F of a sparse layer."""
+    return int(layer.experts.w_out.shape[1])
+
+
+def host_memory() -> int:
+    """Bytes of this host's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

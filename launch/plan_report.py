@@ -8,8 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from launch.plan_model import hidden_of
 from launch.plan_own import OwnPlanner
-from launch.planning import GIB, Planner, hidden_of
+from launch.planning import GIB, Planner
 from mm_moe.moe.layer import moe_layers
 from mm_moe.training import exchange
 from mm_moe.training.estimate import Memory

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +14,8 @@ from launch.check_objective import plain_objective
 from launch.cli import Settings
 from launch.fill_flags import fill_exchange
 from launch.fusion_experts import fusion_exchange, plan_fusion
-from launch.plan_model import meta_model, shard, weightless_config
+from launch.plan_fill import FillPlan, plan_bytes
+from launch.plan_model import hidden_of, meta_model, shard, weightless_config
 from launch.scoring import num_outputs
 from mm_moe.backbones.base import Tower
 from mm_moe.batch import TEXT, base_modality
@@ -36,7 +36,8 @@ from mm_moe.training.estimate import (
     peak_memory,
     rows_of,
 )
-from mm_moe.training.timeline import Timeline, Workload, record_timeline
+from mm_moe.training.planned import Workload
+from mm_moe.training.timeline import Timeline, record_timeline
 from mm_moe.training.zero_memory import Group, Overlay, ZeroSettings, optimizer_groups, overlay
 from pretrain.contrastive import Contrastive
 
@@ -144,8 +145,7 @@ class Planner:
             config.prompt, config.prompt_config = "none", {}
             self.notes.append(f"activations without what prompt {self.config.prompt!r} generates")
         if config.fill is not None:
-            config.fill, config.fill_config = None, {}
-            self.notes.append(f"activations without what fill {self.config.fill!r} does")
+            config.fill, config.fill_config = None, {}  # see `fill_plan`
         plan_fusion(config, router=PLAIN_ROUTER, planned=PLANNED_ROUTERS, notes=self.notes)
         config.moe = plain or None
         if config.to_dict() == self.config.to_dict():
@@ -153,15 +153,18 @@ class Planner:
         return meta_model(self.settings, config)
 
     @functools.cached_property
+    def present_DM(self) -> torch.Tensor:
+        """What many samples have, drawn as training draws them."""
+        data = self.settings.data
+        kind, ratio = data.missing_type, data.missing_ratio
+        protocol = MissingProtocol(dataset="", split="", kind=kind, ratio=ratio)
+        return protocol.present([str(index) for index in range(DRAWS)], self.config.modalities)
+
+    @functools.cached_property
     def missing(self) -> dict[str, float]:
-        """Modality -> share of the samples that lack it, of many drawn as training draws them."""
-        data, names = self.settings.data, list(self.config.modalities)
-        protocol = MissingProtocol(
-            dataset="", split="", kind=data.missing_type, ratio=data.missing_ratio
-        )
-        present_BM = protocol.present([str(index) for index in range(DRAWS)], names)
-        lacking_M = 1 - present_BM.float().mean(0)
-        return dict(zip(names, lacking_M.tolist(), strict=True))
+        """Modality -> share of the samples that lack it."""
+        lacking_M = 1 - self.present_DM.float().mean(0)
+        return dict(zip(self.config.modalities, lacking_M.tolist(), strict=True))
 
     @property
     def missing_ratio(self) -> float:
@@ -264,8 +267,16 @@ class Planner:
         )
 
     def rows(self, samples: int) -> dict[str, int]:
-        """Rows of each modality in a micro-batch."""
-        return rows_of(samples, self.missing, ratio=self.missing_ratio)
+        """Rows of each modality in a micro-batch, those of supports too."""
+        own = rows_of(samples, self.missing, ratio=self.missing_ratio)
+        return self.fill_plan.rows(samples, own) if self.fill_plan else own
+
+    @functools.cached_property
+    def fill_plan(self) -> FillPlan | None:
+        """What the model's fill adds."""
+        rows = self.source.size(self.settings.data.train_split)
+        build = functools.partial(shard, self.model, ep_size=self.ep_size)
+        return FillPlan.of(build, self.present_DM, train_rows=rows, load=self.workload)
 
     def memory(self, samples: int, over: Overlay, timeline: Timeline | None = None) -> Memory:
         """Bytes of one process."""
@@ -274,7 +285,7 @@ class Planner:
             over,
             samples=samples,
             rows=self.rows(samples),
-            extra=self._gathered(samples),
+            extra=self._gathered(samples) + plan_bytes(self.fill_plan, samples),
         )
 
     def _gathered(self, samples: int) -> int:
@@ -388,13 +399,3 @@ class Planner:
     def build_bytes(self) -> int:
         """Host bytes of a process while it builds the model."""
         return build_bytes(self.counts, ep_size=self.ep_size)
-
-
-def hidden_of(layer: MoELayer) -> int:
-    """F of a sparse layer."""
-    return int(layer.experts.w_out.shape[1])
-
-
-def host_memory() -> int:
-    """Bytes of this host's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
