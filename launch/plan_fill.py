@@ -112,10 +112,12 @@ class FillPlan:
 
     def bytes(self, samples: int) -> int:
         """Bytes that the fill adds: features of support rows, and its own activations."""
-        shape, rows = self.kind.shape, sum(self.supports(samples).values())
+        shape, lent = self.kind.shape, self.supports(samples).values()
+        rows = sum(lent)
         element = 2 if self.load.half else 4
         features = rows * len(shape.modalities) * shape.num_tokens * shape.width * element
-        live_V = _units(samples, sum(self.cells(samples).values()), rows) @ self._live
+        units = _units(samples, sum(self.cells(samples).values()), rows, square=max(lent) ** 2)
+        live_V = units @ self._live
         return features + max(0, round(live_V.max()))
 
     @functools.cached_property
@@ -134,8 +136,13 @@ class FillPlan:
                 ]
         finally:
             gc.enable()
-        table = np.array([_units(*case) for case in cases])
+        table = np.array([_units(*case, square=case[-1] ** 2) for case in cases])
         return np.linalg.solve(table, np.array(found, dtype=np.float64))
+
+
+def plan_bytes(plan: FillPlan | None, samples: int) -> int:
+    """`FillPlan.bytes`, 0 without a fill."""
+    return 0 if plan is None else plan.bytes(samples)
 
 
 def _recorded(fill: Fill, sizes: tuple[int, int, int], *, own: float, load: Workload) -> list[int]:
@@ -185,9 +192,9 @@ def _fill(model: MultimodalMoEModel) -> Fill:
     return model.fill
 
 
-def _units(samples: int, cells: int, rows: int) -> np.ndarray:
-    """What bytes are linear in; comparing supports with each other makes squares of them."""
-    return np.array([1, samples, cells, rows, rows**2], dtype=np.float64)
+def _units(samples: int, cells: int, rows: int, *, square: int) -> np.ndarray:
+    """What bytes are linear in; supports of one modality are compared with those of another."""
+    return np.array([1, samples, cells, rows, square], dtype=np.float64)
 
 
 class _PlannedNoise(Noise):

@@ -155,8 +155,7 @@ class Planner:
     @functools.cached_property
     def present_DM(self) -> torch.Tensor:
         """What many samples have, drawn as training draws them."""
-        data = self.settings.data
-        kind, ratio = data.missing_type, data.missing_ratio
+        kind, ratio = self.settings.data.missing_type, self.settings.data.missing_ratio
         protocol = MissingProtocol(dataset="", split="", kind=kind, ratio=ratio)
         return protocol.present([str(index) for index in range(DRAWS)], self.config.modalities)
 
