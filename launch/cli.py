@@ -131,8 +131,9 @@ class RecipeParser(HfArgumentParser):
                     f"recipe {recipe_path!r} sets {key!r}, which is no flag; "
                     f"{nearest(key, self.flags)}"
                 )
-        if _names_another_prompt(argv, recipe):
-            recipe.pop("prompt_config", None)  # the options of the recipe's own prompt
+        for part in ("prompt", "fill"):
+            if _names_another(part, argv, recipe):
+                recipe.pop(f"{part}_config", None)  # the options of the recipe's own one
         namespace, unknown = self.parse_known_args(recipe_argv(recipe) + argv)
         for word in unknown:
             self._refuse(word)
@@ -165,12 +166,12 @@ class RecipeParser(HfArgumentParser):
         return Settings(*parts)
 
 
-def _names_another_prompt(argv: list[str], recipe: dict[str, Any]) -> bool:
-    """Whether `--prompt` is typed, and is not the one that the recipe sets."""
+def _names_another(part: str, argv: list[str], recipe: dict[str, Any]) -> bool:
+    """Whether a part (`--prompt`) is typed, and is not the one that the recipe sets."""
     first = ProgramParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--prompt")
-    typed = first.parse_known_args(argv)[0].prompt
-    return typed is not None and recipe.get("prompt", typed) != typed
+    first.add_argument(f"--{part}")
+    typed = getattr(first.parse_known_args(argv)[0], part)
+    return typed is not None and recipe.get(part, typed) != typed
 
 
 def find_recipe(name: str) -> Path:

@@ -68,6 +68,13 @@ def test_the_options_of_a_prompt_do_not_outlive_it(recipe):
     assert values("--config", recipe, "--prompt", "replay").prompt_config is not None
 
 
+def test_the_options_of_a_fill_do_not_outlive_it():
+    recipe = ("--config", "physionet2012")
+    assert values(*recipe).fill_config == values(*recipe, "--fill", "retriever").fill_config
+    assert values(*recipe).fill_config is not None
+    assert values(*recipe, "--fill", "zero").fill_config is None
+
+
 @pytest.mark.parametrize(
     "name",
     ["emoji_replay", "finetune/recipes/emoji_replay.yaml", "pretrain/recipes/small_clip.yaml"],
