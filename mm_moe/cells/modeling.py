@@ -111,7 +111,10 @@ class CellVAE(OwnModel):
         """Each species' cells become compressed rows, which the model spreads on its device."""
         from mm_moe.data.cells.rows import CellProcessor
 
-        return {name: CellProcessor(len(self.config.genes[name])) for name in self.modalities}
+        return {
+            name: CellProcessor(len(self.config.genes[name]), counts=True)
+            for name in self.modalities
+        }
 
     def expert(self, species: str) -> SpeciesExpert:
         """The expert of one species.

@@ -108,15 +108,17 @@ class CellProcessor:
     Args:
         num_genes: G.
         form: "sparse" or "dense".
+        counts: the values are whole: "library" is int64, and "val" or "values" int32. Mixed
+            precision casts what a batch holds in floating point, and bfloat16 has no 257.
 
     Raises:
         ConfigError: an unknown form.
     """
 
-    def __init__(self, num_genes: int, *, form: str = "sparse") -> None:
+    def __init__(self, num_genes: int, *, form: str = "sparse", counts: bool = False) -> None:
         if form not in FORMS:
             raise ConfigError(f"the form of cells is {form!r}; it must be {' or '.join(FORMS)}.")
-        self.num_genes, self.form = num_genes, form
+        self.num_genes, self.form, self.counts = num_genes, form, counts
 
     def __call__(self, rows: list[CellRow]) -> dict[str, Tensor]:
         """Join the rows.
@@ -131,12 +133,14 @@ class CellProcessor:
                     'data with the model\'s own gene list (option "vocabulary").'
                 )
         count = len(rows)
-        library = torch.tensor([row.library for row in rows], dtype=torch.float32)
+        library = torch.tensor([row.library for row in rows], dtype=torch.float64)
+        library = library.long() if self.counts else library.float()
         conditions = torch.tensor([row.conditions for row in rows], dtype=torch.int64)
         found = {"library": library, "conditions": conditions.reshape(count, -1)}
         # filled at once: a second copy of the entries costs as much as the matrix
         col = np.frombuffer(bytearray().join([row.col for row in rows]), dtype=PLACE)
         val = np.frombuffer(bytearray().join([row.val for row in rows]), dtype=VALUE)
+        val = val.astype(np.int32) if self.counts else val
         crow = np.zeros(count + 1, dtype=np.int32 if self.form == "dense" else np.int64)
         np.cumsum([len(row.val) // VALUE.itemsize for row in rows], out=crow[1:])
         if self.form == "dense":

@@ -88,6 +88,20 @@ def test_batch_of_two_species_by_hand(tmp_path):
     assert matrix.tolist() == [[0, 2, 0], [1, 0, 3]]
 
 
+@pytest.mark.parametrize("form", ["sparse", "dense"])
+def test_counts_are_whole_numbers_which_mixed_precision_leaves_alone(tmp_path, form):
+    write_h5ad(tmp_path / "human.h5ad", np.array([[257.0, 0, 70001.0]]))
+    source = CellsData(str(tmp_path), shares=ALL_TRAIN)
+    processor = CellProcessor(3, form=form, counts=True)
+    found = processor([sample.payload["human"] for sample in cells(source)])
+    values = found["val"] if form == "sparse" else found["values"]
+    assert not values.is_floating_point()
+    assert values[values > 0].tolist() == [257, 70001]
+    assert found["library"].tolist() == [70258]
+    assert not found["library"].is_floating_point()
+    assert torch.tensor(257.0).bfloat16().item() == 256  # what would have come of it
+
+
 def test_normalised_rows_sum_to_ten_thousand():
     values = torch.tensor([[1.0, 3, 0], [0, 0, 0], [5, 0, 0]])
     found = log_normalise(values)
