@@ -14,6 +14,7 @@ from sklearn.decomposition import PCA
 
 from eval.cell_tables import Tables
 from eval.integration import headline, latent_scores
+from pretrain.cell_anchors import LEAST_SPREAD
 
 UNKNOWN, SPECIES, TYPE = "unknown", "species", "type"
 COMPONENTS = 20
@@ -46,20 +47,33 @@ def peers(shared: Mapping[str, Tables], *, seed: int, args: Any) -> Iterator[dic
 def _components(
     known: Tables, asked: Tables, *, seed: int, args: Any
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Principal components of log-normalised values, then Harmony on them; both see all cells."""
+    """Principal components of log-normalised values, then Harmony on them; both see all cells.
+
+    Once of the values, of which the first component is the species and Harmony moves nothing; once
+    of values that were standardised gene by gene within each species.
+    """
     import harmonypy
     import pandas
 
-    both = {name: np.concatenate([known[name].values(), asked[name].values()]) for name in known}
-    fitted = PCA(COMPONENTS, svd_solver="randomized", random_state=seed)
-    low = fitted.fit_transform(np.concatenate(list(both.values())))
-    species = np.concatenate([np.full(len(rows), name) for name, rows in both.items()])
-    yield "PCA", _asked(low, known, asked)
     logging.getLogger("harmonypy").setLevel(logging.ERROR)
+    both = {name: np.concatenate([known[name].values(), asked[name].values()]) for name in known}
+    species = np.concatenate([np.full(len(rows), name) for name, rows in both.items()])
     table = pandas.DataFrame({SPECIES: species})
-    found = harmonypy.run_harmony(low, table, [SPECIES], random_state=seed, verbose=False)
-    mixed = np.asarray(found.Z_corr)
-    yield "Harmony", _asked(mixed if len(mixed) == len(low) else mixed.T, known, asked)
+    for kind in ("", ", scaled by species"):
+        parts = [_scaled(rows) if kind else rows for rows in both.values()]
+        fitted = PCA(COMPONENTS, svd_solver="randomized", random_state=seed)
+        low = fitted.fit_transform(np.concatenate(parts))
+        yield f"PCA{kind}", _asked(low, known, asked)
+        found = harmonypy.run_harmony(low, table, [SPECIES], random_state=seed, verbose=False)
+        mixed = np.asarray(found.Z_corr)
+        mixed = mixed if len(mixed) == len(low) else mixed.T
+        yield f"Harmony{kind}", _asked(mixed, known, asked)
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """Each gene with mean 0 and standard deviation 1; a spread below `LEAST_SPREAD` is that."""
+    spread = np.maximum(values.std(0), LEAST_SPREAD)
+    return np.asarray((values - values.mean(0)) / spread)
 
 
 def _asked(low: np.ndarray, known: Tables, asked: Tables) -> dict[str, np.ndarray]:
