@@ -211,7 +211,7 @@ def resampled_runs(
 def pairs_of(found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """Each retriever minus every other method: AUROC, with intervals over patients and runs."""
     rows = []
-    for ours in RETRIEVERS:
+    for ours in [name for name in RETRIEVERS if name in found]:
         for other in [name for name in found if name != ours]:
             apart = found[ours] - found[other]
             for name, at in {NAMED["complete"]: [0], MISSING: [1, 2, 3]}.items():
