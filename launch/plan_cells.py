@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from launch.plan_model import held_names
 from launch.plan_record import Factors, Small, factors
@@ -22,6 +21,7 @@ from mm_moe.cells.configuration import CellVAEConfig
 from mm_moe.cells.modeling import CellVAE
 from mm_moe.moe.parallel_exchange import Permute
 from mm_moe.moe.placed import LocalPlacement, Plan
+from mm_moe.training.planned import Arrive
 from mm_moe.training.timeline import Timeline
 from pretrain.cell_anchors import anchor_places
 from pretrain.mmvae import CellObjective
@@ -45,20 +45,6 @@ class Sizes:
     anchors: int = 0
 
 
-class _Arrive(torch.autograd.Function):
-    """Rows of an all-to-all: a new tensor of another length, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, rows: int) -> Tensor:
-        ctx.rows = len(x_RD)
-        return x_RD.new_zeros(rows, x_RD.shape[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.new_zeros(ctx.rows, grad.shape[1]), None
-
-
 class PlannedPlan(Plan):
     """Makes the tensors that a `SpreadPlan` makes, without its collectives.
 
@@ -75,11 +61,11 @@ class PlannedPlan(Plan):
 
     def send(self, x: Tensor) -> Tensor:
         """Exchange, then sort by expert."""
-        return Permute.apply(_Arrive.apply(x, sum(self.counts)), self.order_R, self.order_R)
+        return Permute.apply(Arrive.apply(x, sum(self.counts)), self.order_R, self.order_R)
 
     def back(self, y: Tensor) -> Tensor:
         """Sort by process, then exchange."""
-        return _Arrive.apply(Permute.apply(y, self.order_R, self.order_R), self.home)
+        return Arrive.apply(Permute.apply(y, self.order_R, self.order_R), self.home)
 
     def send_entries(self, entries: Tensor, per_row: Tensor) -> tuple[Tensor, Tensor]:
         """Entries 0, 1, ... in each row; one of each, if that is what the rows have."""

@@ -10,8 +10,6 @@ N cells of a species, G genes, Q products of sizes ("units"), V moments, one per
 
 from __future__ import annotations
 
-import functools
-import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +21,7 @@ from torch.optim import Optimizer
 
 from mm_moe.batch import Batch
 from mm_moe.errors import ConfigError
-from mm_moe.training.timeline import BACKWARD, Recorder, Recording, Timeline
+from mm_moe.training.timeline import Recorder, Recording, Timeline, record_step
 
 OFF = 0.01  # of the bytes at a moment, by which a recording may miss what the others say
 
@@ -61,39 +59,13 @@ class Small:
 
 def record(small: Small) -> Recording:
     """The second step of a training; in the first one the others make their moments."""
-    marks: list[tuple[int, str]] = []
     model = small.model.train()
     small.objective(model, small.make_batch())[0].backward()
     known = [*model.parameters(), *model.buffers()]
     for optimizer in small.others:
         for parameter, state in optimizer.state.items():
             known += [parameter, *(value for value in state.values() if isinstance(value, Tensor))]
-    gc.disable()  # a collection in the middle would move the moment at which bytes go
-    try:
-        recorder = RealRecorder(known)
-        for name, parameter in model.named_parameters():
-            parameter.grad = None
-            mark = functools.partial(_mark, recorder, marks, name)
-            parameter.register_post_accumulate_grad_hook(mark)
-        with recorder:
-            batch = small.make_batch()
-            loss, parts, output = small.objective(model, batch)
-            recorder.history.append(recorder.live)
-            marks.append((len(recorder.history) - 1, BACKWARD))
-            loss.backward()
-            del parts
-            end = recorder.live
-            del output, loss, batch
-    finally:
-        gc.enable()
-    return Recording(recorder.history, marks, recorder.flops, end)
-
-
-def _mark(recorder: Recorder, marks: list[tuple[int, str]], name: str, parameter: Tensor) -> None:
-    """Note when a gradient is complete, and hand it over: what holds it depends on the stage."""
-    recorder.history.append(recorder.live)
-    marks.append((len(recorder.history) - 1, name))
-    parameter.grad = None
+    return record_step(RealRecorder(known), model, small.objective, small.make_batch)
 
 
 @dataclass(frozen=True)

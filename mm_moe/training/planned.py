@@ -60,18 +60,20 @@ class Workload:
     recompute_every: int = 0
 
 
-class _Arrive(torch.autograd.Function):
+class Arrive(torch.autograd.Function):
     """Rows of an all-to-all: a new tensor of another length, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, rows: int) -> Tensor:
+        """The rows that arrive (rows, D), of which only the size is known."""
         ctx.rows = len(x_RD)
-        return x_RD.new_empty(rows, x_RD.shape[1])
+        return x_RD.new_zeros(rows, x_RD.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.new_empty(ctx.rows, grad.shape[1]), None
+        """As many as were sent."""
+        return grad.new_zeros(ctx.rows, grad.shape[1]), None
 
 
 class _Keep(torch.autograd.Function):
@@ -104,13 +106,13 @@ class PlannedDispatcher(Dispatcher):
             return self._run(x_RD, experts)
         sent = len(x_RD)
         received = math.ceil(sent * self.load.imbalance)
-        arrived_RD = _Arrive.apply(x_RD, received)
+        arrived_RD = Arrive.apply(x_RD, received)
         expert_R = torch.empty(received, dtype=torch.int64)
         order_R = torch.argsort(expert_R, stable=True)
         back_R = torch.empty_like(order_R)
         back_R[order_R] = torch.arange(received)
         y_RD = self._run(Permute.apply(arrived_RD, order_R, back_R), experts)
-        return _Arrive.apply(Permute.apply(y_RD, back_R, order_R), sent)
+        return Arrive.apply(Permute.apply(y_RD, back_R, order_R), sent)
 
     def _run(self, x_RD: Tensor, experts: Experts) -> Tensor:
         num_experts, _, hidden = experts.w_in.shape

@@ -193,25 +193,42 @@ def _record(
     """One fake forward and backward pass; the model is used up."""
     texts = 0 if TEXT in load.sequences else rows.get(TEXT, 0)
     padding = round(texts * (load.text_tokens - load.real_text_tokens))
+    with FakeTensorMode():
+        _materialise(model, load=load, rows=rows)
+        recorder = Recorder(padding, samples, [*model.parameters(), *model.buffers()])
+        return record_step(
+            recorder, model.train(), objective, lambda: _batch(samples, rows, load=load)
+        )
+
+
+def record_step(
+    recorder: Recorder, model: nn.Module, objective: Objective, make_batch: Callable[[], Any]
+) -> Recording:
+    """A forward and a backward pass; a gradient is handed over as soon as it is complete.
+
+    Args:
+        recorder: knows what was there before.
+        model: its gradients are taken away.
+        objective: as the trainer's.
+        make_batch: called within the recording, so that the batch counts.
+    """
     marks: list[tuple[int, str]] = []
     gc.disable()  # a collection in the middle would move the moment at which bytes go
     try:
-        with FakeTensorMode():
-            _materialise(model, load=load, rows=rows)
-            recorder = Recorder(padding, samples, [*model.parameters(), *model.buffers()])
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    mark = functools.partial(_mark, recorder, marks, name)
-                    parameter.register_post_accumulate_grad_hook(mark)
-            with recorder:
-                batch = _batch(samples, rows, load=load)
-                loss, parts, output = objective(model.train(), batch)
-                recorder.history.append(recorder.live)
-                marks.append((len(recorder.history) - 1, BACKWARD))
-                loss.backward()
-                del parts
-                end = recorder.live
-                del output, loss, batch
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.grad = None
+                mark = functools.partial(_mark, recorder, marks, name)
+                parameter.register_post_accumulate_grad_hook(mark)
+        with recorder:
+            batch = make_batch()
+            loss, parts, output = objective(model, batch)
+            recorder.history.append(recorder.live)
+            marks.append((len(recorder.history) - 1, BACKWARD))
+            loss.backward()
+            del parts
+            end = recorder.live
+            del output, loss, batch
     finally:
         gc.enable()
     return Recording(recorder.history, marks, recorder.flops, end)
