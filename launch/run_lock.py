@@ -43,7 +43,6 @@ class RunLock:
         """
         if self._file is not None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + self.wait_s
         while not self._try(folder / LOCK):
             if time.monotonic() > deadline:
@@ -55,7 +54,11 @@ class RunLock:
             time.sleep(0.1)
 
     def _try(self, file: Path) -> bool:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # its last holder has removed the empty folder meanwhile
+            return False
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

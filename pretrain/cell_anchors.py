@@ -39,10 +39,14 @@ def anchor_places(anchors: Names, genes: Mapping[str, Sequence[str]]) -> dict[st
     """
     if anchors == SAME_NAME:
         anchors = _same_names(genes)
-    if not isinstance(anchors, Mapping) or set(anchors) != set(genes):
+    if (
+        not isinstance(anchors, Mapping)
+        or set(anchors) != set(genes)
+        or not all(isinstance(own, list | tuple) for own in anchors.values())
+    ):
         raise ConfigError(
-            f"objective_config.anchors ({_short(anchors)}) must be {SAME_NAME!r} or name genes of "
-            f"each species ({', '.join(genes)})."
+            f"objective_config.anchors ({_short(anchors)}) must be {SAME_NAME!r} or lists of genes "
+            f"of each species ({', '.join(genes)})."
         )
     lengths = {name: len(own) for name, own in anchors.items()}
     if len(set(lengths.values())) > 1 or not min(lengths.values()):

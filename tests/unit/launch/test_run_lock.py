@@ -1,5 +1,6 @@
 """Two runs in one folder: the second is refused, a dead one is not in the way."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,21 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     with RunLock() as lock:
         lock.take(tmp_path)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_goes_while_one_waits_is_made_again(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    opened, real = [], os.open
+
+    def removed_meanwhile(file, *args):
+        opened.append(file)
+        if len(opened) == 1:
+            folder.rmdir()  # as the last holder does, after this one has seen the folder
+        return real(file, *args)
+
+    monkeypatch.setattr("launch.run_lock.os.open", removed_meanwhile)
+    with RunLock() as lock:
+        lock.take(folder)
+        assert (folder / LOCK).is_file()
+    assert len(opened) == 2
+    assert not folder.exists()

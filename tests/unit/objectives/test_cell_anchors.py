@@ -40,8 +40,10 @@ def test_named_pairs_keep_their_order():
 @pytest.mark.parametrize(
     ("anchors", "words"),
     [
-        ("orthologues", "must be 'same_name' or name genes of each species"),
-        ({"human": ["MPO"]}, "must be 'same_name' or name genes of each species"),
+        ("orthologues", "must be 'same_name' or lists of genes of each species"),
+        ({"human": "MPO", "mouse": "Mpo"}, "must be 'same_name' or lists of genes"),
+        (5, "must be 'same_name' or lists of genes"),
+        ({"human": ["MPO"]}, "must be 'same_name' or lists of genes of each species"),
         ({"human": ["MPO"], "mouse": ["Actb", "Xist"]}, "equally many in every species"),
         ({"human": [], "mouse": []}, "name one or more"),
         ({"human": ["MPOX"], "mouse": ["Actb"]}, "'MPOX' is no gene of 'human'.*did you mean MPO"),
